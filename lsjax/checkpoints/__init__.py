@@ -6,13 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.exit_blocks import BASE, ExitBlocksSource
+from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
+from lsjax.checkpoints.exported_blocks import ExportedBlocks
 from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
-from lsjax.checkpoints.run import CONFIG, RunSource, is_run, read_run_config
+from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import AnyPath, as_path, check, split_step
-from lsjax.io.files import WEIGHTS, local_copy
+from lsjax.io.files import WEIGHTS, local_copy, read_json
 from lsjax.model.llama import Llama
 
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name, as on huggingface.co
@@ -34,7 +35,7 @@ def load(
         dtype: dtype of the parameters, whatever the file has; float32 by default.
         track: wraps the sequence of parameters, for a progress bar.
         mesh: devices to shard the parameters over; one device by default.
-        exit_blocks: run of exit blocks that hang off this model.
+        exit_blocks: run of exit blocks that hang off this model, or exported ones.
     Raises:
         CheckpointError: the file is missing, damaged or of another model; one line.
     """
@@ -49,15 +50,12 @@ def open_checkpoint(
     path: str | AnyPath, exit_blocks: str | AnyPath | None = None
 ) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values. exit_blocks: run of
-    exit blocks that hang off this model."""
+    exit blocks that hang off this model, or exported ones."""
     if exit_blocks is not None:
-        run, step = find_step(exit_blocks)
-        if not (run / BASE).is_file():
-            raise CheckpointError(f"{run}: is not a run of exit blocks: train some first")
-        return ExitBlocksSource(run, step, open_checkpoint(path))
+        return open_blocks(exit_blocks, open_checkpoint(path))
+    if (split_step(path)[0] / BASE).is_file():
+        return open_blocks(path, open_base(split_step(path)[0]))
     path, step = find_step(path)
-    if (path / BASE).is_file():
-        return ExitBlocksSource(path, step, open_base(path))
     if is_run(path):
         return RunSource(path, step)
     if path.is_dir():
@@ -76,9 +74,21 @@ def open_checkpoint(
     )
 
 
+def open_blocks(path: str | AnyPath, base: TensorSource | RunSource) -> BlocksSource:
+    """Opens a run of exit blocks, or exported ones. Raises CheckpointError."""
+    directory, step = split_step(path)
+    if not (directory / BASE).is_file():
+        raise CheckpointError(f"{directory}: has no exit blocks: name the run that trained them")
+    if (directory / CHECKPOINTS).is_dir():
+        return ExitBlocksRun(directory, step, base)
+    if step is not None:
+        raise CheckpointError(f"{directory} is not a training run: leave out @{step}")
+    return ExportedBlocks(directory, base)
+
+
 def open_base(run: AnyPath) -> TensorSource | RunSource:
     """The model that a run's exit blocks hang off. Raises CheckpointError."""
-    base = read_run_config(run).init_from
+    base = read_json(run / CONFIG, CheckpointError)["init_from"]
     try:
         check(as_path(base).resolve() != run.resolve(), f"{base} is the run itself")
         return open_checkpoint(base)

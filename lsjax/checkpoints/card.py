@@ -5,9 +5,17 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from lsjax.checkpoints.exit_blocks import ExitBlocksRun
 from lsjax.checkpoints.huggingface import GenerationDefaults
 from lsjax.checkpoints.run import RunSource, read_recipe
-from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LoraConfig, OptimizerConfig, as_path
+from lsjax.config import (
+    EarlyExitConfig,
+    ExitBlocksConfig,
+    LayerDropoutConfig,
+    LoraConfig,
+    OptimizerConfig,
+    as_path,
+)
 from lsjax.config.checked import differences
 
 # Parts of the configuration that the card lists where they differ from the defaults.
@@ -16,6 +24,7 @@ SECTIONS = {
     "early_exit": EarlyExitConfig(),
     "optimizer": OptimizerConfig(),
     "lora": LoraConfig(),
+    "exit_blocks": ExitBlocksConfig(),
 }
 CARD = """\
 ---
@@ -67,10 +76,56 @@ transformers drafts for one text at a time. For batches pass `assistant_early_ex
 """
 
 
+BLOCKS_CARD = """\
+---
+base_model: {base}
+tags: [lsjax, speculative-decoding]
+---
+
+# {name}
+
+Exit blocks for {base}: small layers behind exits {exits}, with {parameters:.1f} million parameters.
+They draft tokens, and the model verifies them. So texts stay those of the model, token for token.
+lsjax {version} trained them.
+
+## Training
+
+{training}
+
+{recipe}
+
+## Exits
+
+The blocks stand in place of their exits. {scores}
+
+## Decoding
+
+```sh
+lsjax decode --model {base} --exit-blocks {name} --prompt "..." --strategy auto
+```
+
+Another base is refused: `base.json` has its fingerprint. The file has Hugging Face's names. Block E
+has those of layer E.
+"""
+
+
+def blocks_card(name: str, run: ExitBlocksRun, parameters: int) -> str:
+    """Markdown text. name: of the exported directory. parameters: of all blocks."""
+    return BLOCKS_CARD.format(
+        name=name,
+        base=as_path(run.settings["init_from"]).name,
+        exits=", ".join(map(str, run.blocks.exits)),
+        parameters=parameters / 1e6,
+        version=version("lsjax"),
+        training=_training(run),
+        recipe=_table(("setting", "value"), _recipe(run)),
+        scores=_exits(run, GenerationDefaults()),
+    )
+
+
 def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str:
     """Markdown text. name: of the exported directory. generation: the decoding defaults in it."""
     settings, options = run.settings, generation.to_json()
-    steps, rows, length = (settings.get(key) for key in ("num_steps", "batch_size", "seq_len"))
     origin = settings.get("init_from")
     has_exits = run.early_exit.get("curriculum", "none") != "none"
     is_layerskip = has_exits or (settings.get("layer_dropout") or {}).get("p_max", 0) > 0
@@ -80,7 +135,7 @@ def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str
         layers=run.config.num_layers,
         version=version("lsjax"),
         origin=f"the weights of {as_path(origin).name}" if origin else "random weights",
-        training=f"Step {run.step} of {steps}, each of {rows} rows of {length} tokens.",
+        training=_training(run),
         recipe=_table(("setting", "value"), _recipe(run)),
         exits=_exits(run, generation),
         tags="layerskip, lsjax" if is_layerskip else "lsjax",
@@ -88,6 +143,11 @@ def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str
         options=", ".join(f"{key}={value}" for key, value in options.items()) or "do_sample=False",
         batches=BATCHES if options else "",
     )
+
+
+def _training(run: RunSource) -> str:
+    steps, rows, length = (run.settings.get(key) for key in ("num_steps", "batch_size", "seq_len"))
+    return f"Step {run.step} of {steps}, each of {rows} rows of {length} tokens."
 
 
 def _recipe(run: RunSource) -> Iterator[tuple[str, str]]:

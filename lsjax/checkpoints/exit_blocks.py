@@ -5,17 +5,19 @@ a narrower dtype rounds the values, so base.json has a fingerprint for each dtyp
 """
 
 import hashlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from lsjax.checkpoints.run import RunSource, is_finite
 from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
-from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, as_path, check
+from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, LlamaConfig, as_path, check
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_json
 from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
@@ -26,23 +28,27 @@ BASE = "base.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ExitBlocksSource(RunSource):
-    """A run of exit blocks, opened with the model that they hang off."""
+class BlocksSource:
+    """Exit blocks that are opened with the model that they hang off."""
 
-    def __init__(self, directory: AnyPath, step: int | str | None, base: Any):
-        super().__init__(directory, step)
+    path: AnyPath
+    settings: dict[str, Any]  # of the run that trained them
+    config: LlamaConfig
+
+    def hang_off(self, base: Any) -> None:
+        """Takes the base, an opened checkpoint. Raises ConfigError if it has other layers."""
         check(
             base.config.num_layers == self.config.num_layers,
-            f"{base.path} has {base.config.num_layers} layers, but the exit blocks of {directory} "
+            f"{base.path} has {base.config.num_layers} layers, but the exit blocks of {self.path} "
             f"belong to a model with {self.config.num_layers}: name their base",
         )
         self.base = base
-        where = f"{directory}: exit_blocks"
+        where = f"{self.path}: exit_blocks"
         self.blocks = from_json(ExitBlocksConfig, self.settings["exit_blocks"], where)
         self.early_exit = {"curriculum": "subset", "exits": self.blocks.exits}
 
     def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """The base with the blocks of the first undamaged step. Raises CheckpointError."""
+        """The base with its blocks. Raises CheckpointError."""
         model = self.base.assemble(dtype=dtype, track=track, mesh=mesh)
         known = read_json(self.path / BASE, CheckpointError)
         if known.get(dtype.name, "") not in ("", base_fingerprint(model, dtype)):
@@ -50,19 +56,53 @@ class ExitBlocksSource(RunSource):
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
                 f"trained for ({known['path']}): name that one, and --exit-blocks {self.path}"
             )
-        found, _ = first_whole(self._steps, lambda step: self._blocks(step, model, dtype, mesh))
-        return with_parts(model, exit_blocks=found)
+        make = partial(
+            with_exit_blocks, exits=self.blocks.exits, feed_forward=self.blocks.feed_forward
+        )
+        like = jax.eval_shape(make, without_exit_blocks(model))
+        shapes = {
+            name: leaf.shape
+            for name, leaf in named_leaves(like).items()
+            if name.startswith(EXIT_BLOCKS)
+        }
+        arrays = self.read_blocks(shapes, dtype, mesh)
+        tree = jax.tree.structure(like.exit_blocks)
+        return with_parts(
+            model, exit_blocks=jax.tree.unflatten(tree, [arrays[name] for name in shapes])
+        )
 
-    def _blocks(self, step: SavedStep, model: Llama, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
-        """The blocks of a step."""
-        own, saved = self.blocks, step.meta["arrays"][PARAMS]
-        make = partial(with_exit_blocks, exits=own.exits, feed_forward=own.feed_forward)
-        like, wanted = jax.eval_shape(make, without_exit_blocks(model)), {}
-        for name, leaf in named_leaves(like).items():
-            if name.startswith(EXIT_BLOCKS):
-                stored = saved[name]["dtype"] if name in saved else dtype
-                place = sharding_of(name, leaf.shape, mesh)
-                wanted[name] = jax.ShapeDtypeStruct(leaf.shape, stored, sharding=place)
+    def read_blocks(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None
+    ) -> dict[str, Array]:
+        """The parameters of the blocks by path. Raises CheckpointError."""
+        raise NotImplementedError
+
+
+class ExitBlocksRun(BlocksSource, RunSource):
+    """A run of exit blocks."""
+
+    def __init__(self, directory: AnyPath, step: int | str | None, base: Any):
+        super().__init__(directory, step)
+        self.hang_off(base)
+
+    def read_blocks(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None
+    ) -> dict[str, Array]:
+        """Those of the first undamaged step."""
+        return first_whole(self._steps, lambda step: self._of_step(step, shapes, dtype, mesh))[0]
+
+    def _of_step(
+        self,
+        step: SavedStep,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: jnp.dtype,
+        mesh: Mesh | None,
+    ) -> dict[str, Array]:
+        saved, wanted = step.meta["arrays"][PARAMS], {}
+        for name, shape in shapes.items():
+            stored = saved[name]["dtype"] if name in saved else dtype
+            place = sharding_of(name, shape, mesh)
+            wanted[name] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
         step.check(PARAMS, wanted)
         arrays = step.read(PARAMS, wanted)
         for name in wanted:
@@ -70,8 +110,7 @@ class ExitBlocksSource(RunSource):
                 where = f"{step.directory / PARAMS}: {name} has values that are "
                 raise CheckpointError(where + NOT_FINITE.format(dtype.name))
         self.step = step.number
-        leaves = [arrays[name].astype(dtype) for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(like.exit_blocks), leaves)
+        return {name: arrays[name].astype(dtype) for name in wanted}
 
 
 def base_fingerprint(model: Llama, dtype: Any) -> str:

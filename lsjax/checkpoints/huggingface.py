@@ -30,7 +30,7 @@ from lsjax.io.files import (
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _GENERATION = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -81,12 +81,7 @@ class HuggingFaceSource(TensorSource):
             raise CheckpointError(f"{file}: {error}") from error
         self.tensors = {}
         for file in _files(path):
-            try:
-                opened = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                fix = "damaged or cut off, download it again"
-                raise CheckpointError(f"{file}: {one_line(error)}: {fix}") from error
-            self.tensors |= {name: (file, opened.get_slice(name)) for name in [*opened.keys()]}
+            self.tensors |= read_safetensors(file)
         self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
 
     def read(self, name: str) -> Any:
@@ -100,9 +95,19 @@ class HuggingFaceSource(TensorSource):
         return tensor
 
 
+def read_safetensors(file: AnyPath) -> dict[str, tuple[AnyPath, Any]]:
+    """The file and the unread tensor, by name. Raises CheckpointError."""
+    try:
+        opened = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        fix = "damaged or cut off, download it again"
+        raise CheckpointError(f"{file}: {one_line(error)}: {fix}") from error
+    return {name: (file, opened.get_slice(name)) for name in [*opened.keys()]}
+
+
 def _files(directory: AnyPath) -> list[AnyPath]:
     """Files with the tensors: model.safetensors, or those that an index names."""
-    single, index = directory / _WEIGHTS, directory / _INDEX
+    single, index = directory / SINGLE, directory / _INDEX
     if single.exists():
         return [single]
     if not index.exists():
@@ -114,7 +119,7 @@ def _files(directory: AnyPath) -> list[AnyPath]:
                 f"M.from_pretrained('{directory}').save_pretrained('NEW')\" and copy the tokenizer "
                 "files to NEW"
             )
-        raise CheckpointError(f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{fix}")
+        raise CheckpointError(f"{directory}: holds neither {SINGLE} nor {_INDEX}{fix}")
     weight_map = read_json(index, CheckpointError).get("weight_map")
     files = [*weight_map.values()] if isinstance(weight_map, dict) else [weight_map]
     for file in files:
@@ -204,7 +209,7 @@ def _write_weights(model: Llama, directory: AnyPath, shard_bytes: int, track: Tr
     weight_map: dict[str, str] = {}
     for number, parts in enumerate(files, 1):
         several = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        file = _WEIGHTS if len(files) == 1 else several
+        file = SINGLE if len(files) == 1 else several
         some = islice(tracked, len(parts))
         tensors = {part.tensor: part.stored(parameters[part.path]) for part in some}
         save_file(tensors, directory / file, {"format": "pt"})

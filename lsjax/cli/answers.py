@@ -30,6 +30,7 @@ from lsjax.io.rows import Fields
 
 PROMPTS, ANSWERS, ASKED = "prompts.jsonl", "answers.jsonl", "asked.json"
 PROMPT_TOKENS = 128  # of a prompt that the model writes
+PATIENCE = 64  # such prompts in a row that do not end
 USER = "\x00"  # stands for the user's message in a chat template
 
 
@@ -99,7 +100,7 @@ def write_prompts(engine: Engine, arguments: Arguments, file: AnyPath, notes: Co
     ids = engine.tokenizer.encode(header, add_bos=False)
     rows = whole_rows(file)
     seeds = count(max((row["seed"] + 1 for row in rows), default=arguments.sampling.seed))
-    missing = arguments.num_prompts - len(rows)
+    missing, failed = arguments.num_prompts - len(rows), 0
     while missing > 0:
         # Some are left out, so a batch more is asked for.
         chosen = [*islice(seeds, missing + engine.batch_size)]
@@ -117,7 +118,14 @@ def write_prompts(engine: Engine, arguments: Arguments, file: AnyPath, notes: Co
             )
             for seed in chosen
         ]
-        missing -= write_texts(engine, requests, file, line, notes)
+        written = write_texts(engine, requests, file, line, notes)
+        failed = 0 if written else failed + len(requests)
+        check(
+            failed < PATIENCE,
+            f"none of {failed} prompts that the model wrote has text and ends within "
+            f"{PROMPT_TOKENS} tokens: give --prompt-file",
+        )
+        missing -= written
 
 
 def user_header(tokenizer: Tokenizer, system: str | None) -> str:

@@ -1,7 +1,11 @@
 """Converts a Hugging Face directory, GGUF file or training run into a Hugging Face directory."""
 
+import jax
+
 from lsjax.checkpoints import load, open_checkpoint
-from lsjax.checkpoints.card import model_card
+from lsjax.checkpoints.card import blocks_card, model_card
+from lsjax.checkpoints.exit_blocks import BlocksSource, ExitBlocksRun
+from lsjax.checkpoints.exported_blocks import save_exit_blocks
 from lsjax.checkpoints.huggingface import (
     GenerationDefaults,
     check_destination,
@@ -12,6 +16,8 @@ from lsjax.checkpoints.run import RunSource
 from lsjax.cli.flags.convert import Arguments
 from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import bar
+from lsjax.config import check
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import COUNTS
 from lsjax.decoding.cost import best_exit
@@ -28,6 +34,12 @@ def convert(arguments: Arguments) -> None:
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
     exit_layer = arguments.exit_layer
+    if isinstance(opened, BlocksSource):
+        check(
+            isinstance(opened, ExitBlocksRun) and exit_layer is None,
+            f"{source} has exit blocks: they are written without --exit-layer, from their run",
+        )
+        return convert_blocks(arguments, opened, tokenizer)
     check_exit(exit_layer or 1, opened.config.num_layers)
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     if exit_layer is not None:  # defaults and card of the full model do not fit
@@ -39,6 +51,19 @@ def convert(arguments: Arguments) -> None:
     save(model, destination, tokenizer=tokenizer, track=bar(notes, "writing"), **options)
     size = f"{model.config.num_params / 1e6:.1f} million parameters in {dtype}"
     SafeConsole(soft_wrap=True).print(f"{destination}: {size}")
+
+
+def convert_blocks(arguments: Arguments, run: ExitBlocksRun, tokenizer: Tokenizer) -> None:
+    """Writes the blocks of a run, without their base."""
+    model = load(run, dtype=arguments.dtype, track=bar(notes_console(), "reading"))
+    size, destination = (
+        sum(leaf.size for leaf in jax.tree.leaves(model.exit_blocks)),
+        arguments.destination,
+    )
+    card = blocks_card(destination.name, run, size)
+    save_exit_blocks(model, run, destination, tokenizer, card)
+    words = f"exit blocks with {size / 1e6:.1f} million parameters in {arguments.dtype}"
+    SafeConsole(soft_wrap=True).print(f"{destination}: {words}")
 
 
 def of_run(run: RunSource, name: str) -> dict[str, GenerationDefaults | dict[str, bytes]]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lsjax.checkpoints import load, open_checkpoint
-from lsjax.checkpoints.exit_blocks import ExitBlocksSource
+from lsjax.checkpoints.exit_blocks import BlocksSource
 from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
@@ -160,7 +160,7 @@ def _vocabulary(
     except ConfigError:
         if size is not None:
             raise
-    if size is None and isinstance(model.source, ExitBlocksSource):
+    if size is None and isinstance(model.source, BlocksSource):
         size = model.source.blocks.draft_vocab
     if size is None and counts:
         size = best_draft_vocab(model.source.config, exit_layer, counts)
@@ -173,7 +173,7 @@ def trained_exits(model: OpenModel) -> tuple[int, ...]:
     """Exits that the model was trained with, at most four; none for a model without LayerSkip. If
     all were trained, those at a sixteenth, an eighth, a quarter and half of the layers."""
     layers, exits = model.source.config.num_layers, []
-    if isinstance(model.source, RunSource):
+    if isinstance(model.source, RunSource | BlocksSource):
         early_exit = model.source.early_exit
         if early_exit.get("curriculum", "none") in ("none", "subset"):
             exits = sorted(early_exit.get("exits", ()))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 import lsjax
 from lsjax.checkpoints.exit_blocks import check_base
@@ -196,7 +197,7 @@ def test_blocks_hang_off_a_model_that_has_moved(folder, capsys, tmp_path):
     assert lsjax.load(moved, exit_blocks=f"{run}@2").exit_blocks
     for given, words in (
         (folder / "other", "is not the model that the exit blocks"),
-        (folder / "base", "is not a run of exit blocks"),
+        (folder / "base", "has no exit blocks"),
     ):
         blocks = run if given.name == "other" else folder / "base"
         with pytest.raises(lsjax.CheckpointError, match=words):
@@ -209,11 +210,33 @@ def test_the_best_step_is_that_of_the_blocks(folder):
     assert held_out_losses(folder / "run") == pytest.approx(losses)
 
 
-def test_blocks_are_not_exported(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        program("convert")([str(folder / "run"), str(tmp_path / "out")])
-    assert end.value.code == 2 and "no exit blocks" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_blocks_are_exported(folder, tmp_path, capsys):
+    """Bit for bit, under the names of layers, with a card. Another base is refused, and so is a
+    damaged file. The model itself is saved without them."""
+    out = tmp_path / "out"
+    assert program("convert")([str(folder / "run"), str(out)]) == 0
+    assert "exit blocks with 0.0 million parameters in float32" in capsys.readouterr().out
+    run, found = lsjax.load(folder / "run"), lsjax.load(folder / "base", exit_blocks=out)
+    for one in (found, lsjax.load(out)):
+        own, expected = named_leaves(one), named_leaves(run)
+        assert own.keys() == expected.keys()
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(own[name], leaf)
+    names = {*safe_open(out / "model.safetensors", framework="numpy").keys()}
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+    card = (out / "README.md").read_text()
+    assert "exits 1, 2, with" in card and "| exit_blocks.exits | [1, 2] |" in card
+    found = tokens(capsys, tmp_path, folder / "base", "--exit-blocks", str(out))
+    plain = tokens(capsys, tmp_path, folder / "base", "--strategy", "autoregressive")
+    assert found["token_ids"] == plain["token_ids"] and found["strategy"] == "auto"
+    with pytest.raises(lsjax.CheckpointError, match="is not the model that the exit blocks"):
+        lsjax.load(folder / "other", exit_blocks=out)
+    with pytest.raises(lsjax.CheckpointError, match="the format has no exit blocks"):
+        lsjax.save(run, tmp_path / "model")
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(lsjax.CheckpointError, match="damaged or cut off"):
+        lsjax.load(folder / "base", exit_blocks=out)
 
 
 def test_a_run_from_blocks_begins_with_them(folder):

@@ -1,7 +1,8 @@
 """Converts a model directory, GGUF file or training run into a Hugging Face directory.
 
 The result holds config.json, safetensors and the tokenizer. lsjax and transformers can load it.
-It appears under its name only when it is complete.
+It appears under its name only when it is complete. Of a run of exit blocks, it holds the blocks
+alone, for --exit-blocks.
 """
 
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ class ModelFlags(Checked, prefix="--"):
     """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
     training run (RUN@200 and RUN@best are steps of it)."""
     exit_blocks: AnyPath | None = None
-    """Run of exit blocks that draft for this model. Such a run also decodes as --model, if its base
-    has not moved."""
+    """Run of exit blocks that draft for this model, or exported blocks. Both also decode as
+    --model, if their base has not moved."""
     batch_size: int = 1
     """Prompts decoded in parallel."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -1,0 +1,108 @@
+"""Exit blocks as a directory to share: safetensors, settings, a model card, and who their base is.
+
+A block has the names of the layer whose place it takes: block 4 those of layer 4. So engines that
+read Hugging Face's names can read it. The base is named and fingerprinted in base.json.
+"""
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+from safetensors.numpy import save_file
+
+from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
+from lsjax.checkpoints.huggingface import SINGLE, check_destination, read_safetensors
+from lsjax.checkpoints.run import CONFIG
+from lsjax.checkpoints.steps import EXIT_BLOCKS
+from lsjax.checkpoints.tensors import (
+    CheckpointError,
+    TensorSource,
+    parameter_reader,
+    parts_of,
+)
+from lsjax.config import AnyPath, LlamaConfig
+from lsjax.config.checked import from_json
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import COUNTS
+from lsjax.io.files import read_json, whole_directory, write_json, write_whole, writing
+from lsjax.model.llama import Llama
+from lsjax.model.parameters import named_leaves, sharding_of
+
+SETTINGS = ("version", "model", "exit_blocks", "init_from")  # of a run, that its blocks need
+
+
+class ExportedBlocks(BlocksSource, TensorSource):
+    """A directory that `save_exit_blocks` wrote."""
+
+    names = "huggingface"
+
+    def __init__(self, directory: AnyPath, base: Any):
+        self.path = directory
+        self.settings = read_json(directory / CONFIG, CheckpointError)
+        where = f"{directory / CONFIG}: model"
+        self.config = from_json(LlamaConfig, self.settings["model"], where)
+        self.tensors = read_safetensors(directory / SINGLE)
+        self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
+        self.hang_off(base)
+
+    def read(self, name: str) -> Any:
+        """One tensor in its stored dtype."""
+        return self.tensors[name][1]
+
+    def read_blocks(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None
+    ) -> dict[str, Array]:
+        """Those of the file. Raises CheckpointError if it has others."""
+        stored = {
+            part.tensor: part.stored_shape(shape)
+            for name, shape in shapes.items()
+            for part in parts_of(as_layer(name), self.names)
+        }
+        if stored != self.shapes:
+            wrong = sorted({*stored.items()} ^ {*self.shapes.items()})[0][0]
+            raise CheckpointError(
+                f"{self.where(wrong)} is missing or has another shape: the file is of other blocks"
+            )
+        arrays = {}
+        for name, shape in shapes.items():
+            read = parameter_reader(self, as_layer(name), shape, dtype)
+            place = sharding_of(name, shape, mesh)
+            if place is None:
+                arrays[name] = jnp.asarray(read((slice(None),) * len(shape)))
+            else:
+                arrays[name] = jax.make_array_from_callback(shape, place, read)
+        return arrays
+
+
+def as_layer(name: str) -> str:
+    """The path of the same parameter of the layer whose place the block takes."""
+    return name.replace(EXIT_BLOCKS, "layers.", 1)
+
+
+def save_exit_blocks(
+    model: Llama, run: ExitBlocksRun, directory: AnyPath, tokenizer: Tokenizer, card: str
+) -> None:
+    """Writes the model's blocks atomically, in the dtype of their parameters. run: that trained
+    them. Raises CheckpointError if the directory is not empty."""
+    directory = directory.resolve()
+    check_destination(directory)
+    tensors = {
+        part.tensor: part.stored(leaf)
+        for name, leaf in named_leaves(model).items()
+        if name.startswith(EXIT_BLOCKS)
+        for part in parts_of(as_layer(name), "huggingface")
+    }
+    settings = read_json(run.path / CONFIG, CheckpointError)
+    with writing(directory), whole_directory(directory, last=CONFIG) as partial:
+        write_json(partial / CONFIG, {name: settings[name] for name in SETTINGS})
+        tokenizer.save(partial)
+        for name in (BASE, COUNTS):
+            shutil.copy(run.path / name, partial / name)
+        write_whole(partial / "README.md", card.encode())
+        save_file(tensors, partial / SINGLE, {"format": "pt"})
+        # safetensors makes files that only their owner reads, whatever the umask.
+        shutil.copymode(partial / CONFIG, partial / SINGLE)
