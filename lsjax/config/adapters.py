@@ -1,5 +1,6 @@
 """Configuration of what is trained beside a frozen model: adapters, or exit blocks."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,14 @@ class ExitBlocksConfig(Checked, prefix="exit_blocks."):
     """Whether the states of the exits, and the last exit's most probable tokens, are computed once
     and kept in the cache. Each later pass over the data then skips the model's layers. For small
     data: the run names the bytes."""
+
+    def check_ids(self, draft_ids: Sized | None) -> None:
+        """Raises ConfigError unless there are as many ids as the draft vocabulary has tokens."""
+        given = None if draft_ids is None else len(draft_ids)
+        check(
+            given == self.draft_vocab,
+            f"exit_blocks.draft_vocab is {self.draft_vocab}, but draft_ids has {given} ids",
+        )
 
     def check_layers(self, num_layers: int, vocab_size: int) -> None:
         """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice,

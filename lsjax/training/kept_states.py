@@ -22,6 +22,7 @@ from lsjax.config import AnyPath, StepConfig, check
 from lsjax.data.pipeline import Pipeline
 from lsjax.data.records import Records
 from lsjax.io.files import write_whole
+from lsjax.model.exit_blocks import block_exits
 from lsjax.model.llama import Llama
 from lsjax.model.matrices import cast_matrices
 from lsjax.platforms import with_kernels
@@ -30,6 +31,7 @@ from lsjax.training.block_loss import drafting_head, frozen_states
 
 FORMAT = 1  # raise it if the same settings make other records
 LIKELY = 32  # K: tokens of a position
+FIELDS = ("exit_states_BETD", "likely_ids_BTK", "likely_log_probs_BTK")  # of a record, and a batch
 FILE_BYTES = 1 << 26  # of a file, about
 POSITIONS = 256  # that pass through the head together
 
@@ -47,58 +49,53 @@ def keep_states(
 ) -> None:
     """Adds the model's states to the batches of the pipeline; computes missing ones first.
 
-    base: fingerprint of the model. place: puts a batch on its devices. Raises ConfigError for
-    several hosts, and for rows that are sharded over a context.
+    base: fingerprint of the model. place: puts a batch on its devices. Raises ConfigError for a run
+    of several processes.
     """
     check(
         jax.process_count() == 1,
         "exit_blocks.keep_states needs a run of one process: start one, or leave it out",
     )
-    rows, exits = pipeline.rows, config.exit_blocks.exits
-    width = model.config.vocab_size if draft_ids_W is None else len(draft_ids_W)
-    dtype, length = np.dtype(cast_matrices(model, config.dtype).compute_dtype), rows.seq_len
-    likely = length, min(LIKELY, width)
+    rows, compute = pipeline.rows, jax.jit(partial(states_and_tokens, config))
+    padding = place(rows.read(np.full(pipeline.batch_size, -1)))
+    shapes = jax.eval_shape(compute, model, padding, draft_ids_W)
     layout = np.dtype(
-        [
-            ("states", dtype, (len(exits), length, model.config.hidden_size)),
-            ("ids", np.int32, likely),
-            ("log_probs", np.float32, likely),
-        ]
+        [(name, array.dtype, array.shape[1:]) for name, array in zip(FIELDS, shapes, strict=True)]
     )
     drafted = None if draft_ids_W is None else draft_ids_W.tolist()
-    known = FORMAT, rows.fingerprint, base, exits, f"{layout}", drafted
+    known = FORMAT, rows.fingerprint, base, block_exits(model), f"{layout}", drafted
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
     each, total = max(1, FILE_BYTES // layout.itemsize), len(rows)
-    sizes = [min(each, total - first) for first in range(0, total, each)]
-    records = Records(cache / "states" / name, "states", layout, np.array(sizes))
+    sizes = np.array([min(each, total - first) for first in range(0, total, each)])
+    records = Records(cache / "states" / name, "states", layout, sizes)
     missing = [number for number in range(len(sizes)) if not records.file(number).exists()]
     if missing:
         gigabytes = total * layout.itemsize / 1e9
         say(f"computes states of {total} rows once: {gigabytes:.2f} GB in {records.directory}")
         records.directory.mkdir(parents=True, exist_ok=True)
-    compute = jax.jit(partial(states_and_tokens, config))
+
+    def make(number: int) -> bytes:
+        found = np.empty(sizes[number], layout)
+        for begin in range(0, len(found), pipeline.batch_size):
+            part = found[begin : begin + pipeline.batch_size]
+            asked = np.full(pipeline.batch_size, -1)  # rows of padding at the end
+            asked[: len(part)] = number * each + begin + np.arange(len(part))
+            arrays = compute(model, place(rows.read(asked)), draft_ids_W)
+            for field, array in zip(FIELDS, arrays, strict=True):
+                part[field] = np.asarray(array)[: len(part)]
+        return found.tobytes()
+
     notes = SafeConsole(stderr=True)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         for number in progress.track(missing, description="states of the exits"):
-            found = np.empty(sizes[number], layout)
-            for begin in range(0, len(found), pipeline.batch_size):
-                own = slice(begin, begin + pipeline.batch_size)
-                asked = np.full(pipeline.batch_size, -1)
-                asked[: len(found[own])] = number * each + np.arange(len(found))[own]
-                arrays = compute(model, place(rows.read(asked)), draft_ids_W)
-                for field, array in zip(layout.names, arrays, strict=True):
-                    found[own][field] = np.asarray(array)[: len(found[own])]
-            write_whole(records.file(number), found.tobytes())
+            write_whole(records.file(number), make(number))
+    pipeline.beside(partial(read_states, records))
 
-    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        kept = records.read(numbers)
-        return {
-            "exit_states_BETD": kept["states"],
-            "likely_ids_BTK": kept["ids"],
-            "likely_log_probs_BTK": kept["log_probs"],
-        }
 
-    pipeline.beside(read)
+def read_states(records: Records, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """What a batch needs of these rows, instead of the model's layers."""
+    kept = records.read(numbers)
+    return {name: kept[name] for name in FIELDS}
 
 
 def states_and_tokens(

@@ -98,23 +98,14 @@ def train_run(
             say(f"resumes after step {first}")
         due = [make_hook(run) for make_hook in make_hooks]
         if first == config.num_steps:
-            # The program may have been killed during the hooks of the last step.
-            done = {row["kind"] for row in read_metrics(run.workdir) if row["step"] == first}
-            due = [hook for hook in due if hook.kind not in done]
+            due = unfinished(run, due)
             if not due:
                 say(f"all {first} steps are done: nothing to do")
                 return state
         if config.exit_blocks.keep_states:
-            keep_states(
-                config,
-                run.pipeline,
-                state.model,
-                read_json(run.workdir / BASE, ConfigError)["float32"],
-                drafted,
-                place=run.place,
-                cache=cache_directory(),
-                say=say,
-            )
+            base = read_json(run.workdir / BASE, ConfigError)["float32"]
+            where = dict(place=run.place, cache=cache_directory())
+            keep_states(config, run.pipeline, state.model, base, drafted, **where, say=say)
         directory = run.workdir if is_first() else None
         if directory is not None:
             write_json(directory / RECIPE, run.recipe.given())
@@ -148,6 +139,13 @@ def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -
         return begin() if base is None else base
     run.resume_data(restored.data)
     return restored.state
+
+
+def unfinished(run: TrainingRun, hooks: Sequence[Hook]) -> list[Hook]:
+    """Hooks of the last step that are not done: the program may have been killed during them."""
+    rows, last = read_metrics(run.workdir), run.config.num_steps
+    done = {row["kind"] for row in rows if row["step"] == last}
+    return [hook for hook in hooks if hook.kind not in done]
 
 
 def draft_ids(run: TrainingRun) -> Int32[np.ndarray, " W"] | None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig, TrainConfig, check
 from lsjax.model.exit_blocks import with_exit_blocks
@@ -153,9 +153,8 @@ def make_train_step(
     docs/extending.md explains the functions. A step whose loss, gradient or update is not finite
     changes only counters and the counts of schedules. Metrics: loss (of the objective),
     last_exit_loss, exit_loss_L, enabled_L, grad_norm (before the optimizer), learning_rate, tokens
-    (labels), skipped, skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled
-    exits. With exit blocks, the exits are theirs, and there is no last_exit_loss. Raises
-    ConfigError for remat "auto", and if there is a draft vocabulary without ids.
+    (labels), skipped, skipped_in_a_row. Exit E has index E - 1. The loss of disabled exits is 0.
+    With exit blocks, exits are theirs alone. Raises ConfigError for remat "auto".
 
     Args:
       optimizer: replaces that of `config.optimizer`, in `init_state` too.
@@ -164,12 +163,12 @@ def make_train_step(
       exit_loss: loss of the exits below the last; by default that of the config's target.
       draft_ids: ids of `exit_blocks.draft_vocab`, in ascending order.
     """
-    auto = "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step"
-    check(config.remat != "auto", auto)
-    size, given = config.exit_blocks.draft_vocab, None if draft_ids is None else len(draft_ids)
-    check(given == size, f"exit_blocks.draft_vocab is {size}, but draft_ids has {given} ids")
+    check(
+        config.remat != "auto",
+        "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
+    )
+    config.exit_blocks.check_ids(draft_ids)
     recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
-    # Some optimizers want the value of the loss.
     moves = optax.with_extra_args_support(optimizer or adamw(config.optimizer, config.num_steps))
 
     @partial(jax.jit, donate_argnums=0)
@@ -178,17 +177,10 @@ def make_train_step(
         num_labels = (batch["labels_BT"] >= 0).sum()
         with with_kernels(config.kernels):
             given = config, recipe, state, batch, num_labels, draft_ids
-            losses, gradients = loss_and_gradients(*given)
-        loss, sums_L = losses
+            (loss, sums_L), gradients = loss_and_gradients(*given)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        before, frozen = split(state.model)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = moves.update(gradients, state.opt_state, before, value=loss)
-            if optimizer is not None:  # AdamW's updates are finite if the gradients are
-                finite &= jnp.isfinite(optax.tree.norm(updates))
-            new = optax.apply_updates(before, updates), opt_state
-            after, opt_state = unless_skipped(finite, new, (before, state.opt_state))
+        model, opt_state, finite = moved(recipe, moves, state, gradients, loss, finite)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = dict(
@@ -200,10 +192,30 @@ def make_train_step(
             skipped=skipped,
             skipped_in_a_row=in_a_row,
         )
-        model = joined(after, frozen)
         return TrainState(model, opt_state, state.step + 1, skipped, in_a_row), metrics
 
     return train_step
+
+
+@jax.named_scope("optimizer")
+def moved(
+    recipe: Recipe,
+    moves: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    gradients: Llama,
+    loss: Float[Array, ""],
+    finite: Bool[Array, ""],
+) -> tuple[Llama, optax.OptState, Bool[Array, ""]]:
+    """The model and the optimizer's state after the update, and whether all is finite. If not, the
+    parameters stay as they are."""
+    before, frozen = split(state.model)
+    # Some optimizers want the value of the loss.
+    updates, opt_state = moves.update(gradients, state.opt_state, before, value=loss)
+    if recipe.optimizer is not None:  # AdamW's updates are finite if the gradients are
+        finite &= jnp.isfinite(optax.tree.norm(updates))
+    new = optax.apply_updates(before, updates), opt_state
+    after, opt_state = unless_skipped(finite, new, (before, state.opt_state))
+    return joined(after, frozen), opt_state, finite
 
 
 def exit_metrics(
