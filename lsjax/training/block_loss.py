@@ -27,7 +27,13 @@ from lsjax.model.llama import Llama, stacked
 from lsjax.model.matrices import cast_matrices
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import PIECES, in_context_order, on_each_device, over_context, pieces
-from lsjax.training.early_exit import ExitLoss, divergence, log_z, with_exit
+from lsjax.training.acceptance_loss import (
+    BlockLoss,
+    LastExit,
+    acceptance_loss,
+    of_exit_loss,
+)
+from lsjax.training.early_exit import ExitLoss, log_z
 from lsjax.training.forward import exit_states
 from lsjax.training.head_loss import CHUNKS, Head
 from lsjax.training.layer_dropout import drop_rates
@@ -75,7 +81,8 @@ def block_objective(
     head = drafting_head(model, draft_ids_W)
     exits = block_exits(model)
     given = x_EBTD, final, labels_BT, jnp.array(exits), step
-    loss, sums_E = block_losses(exit_loss or acceptance_loss(config), head, *given)
+    own = acceptance_loss(config) if exit_loss is None else of_exit_loss(exit_loss)
+    loss, sums_E = block_losses(own, head, *given)
     scale = 1 / (len(exits) * jnp.maximum(num_labels, 1))
     sums_L = jnp.zeros(model.config.num_layers, sums_E.dtype)
     return loss * scale, sums_L.at[jnp.array(exits) - 1].set(sums_E)
@@ -123,26 +130,6 @@ def block_states(
     return jnp.stack(after)
 
 
-def acceptance_loss(config: StepConfig) -> ExitLoss:
-    """KL(p || q), and from `exit_blocks.acceptance_from` on -log sum min(p, q): the log of the
-    chance that a sampled draft is accepted."""
-    first = config.exit_blocks.acceptance_from * config.num_steps
-
-    def loss(logits, labels, final_logits, step):
-        given = logits, labels, final_logits
-        return lax.cond(step < first, divergence, rejection, *given)
-
-    return loss
-
-
-def rejection(
-    logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: Float[Array, "... V"]
-) -> Float[Array, "..."]:
-    """-log sum min(p, q) of this exit's distribution q and the last one's, p."""
-    log_p, log_q = (x - log_z(x)[..., None] for x in (final_logits, logits))
-    return -log_z(jnp.minimum(log_p, log_q))
-
-
 class Sums(NamedTuple):
     """The loss of each block, as sums over positions, and the gradients of the blocks' states."""
 
@@ -152,7 +139,7 @@ class Sums(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block_losses(
-    exit_loss: ExitLoss,
+    block_loss: BlockLoss,
     head: Head,
     x_EBTD: Float[Array, "E B T D"],
     final: Float[Array, "B T D"] | LikelyTokens,
@@ -162,16 +149,16 @@ def block_losses(
 ) -> tuple[Float[Array, ""], Float[Array, " E"]]:
     """Sum of the losses of all blocks, whose gradient flows to x_EBTD; and the sum of each. final:
     the states after the last layer, or what the last exit says. Labels below 0 are left out."""
-    return _forward(exit_loss, head, x_EBTD, final, labels_BT, exit_E, step)[0]
+    return _forward(block_loss, head, x_EBTD, final, labels_BT, exit_E, step)[0]
 
 
 @jax.named_scope("head")
-def _forward(exit_loss, head, x_EBTD, final, labels_BT, exit_E, step):
+def _forward(block_loss, head, x_EBTD, final, labels_BT, exit_E, step):
     narrow = Head(head.norm, head.table_VD.astype(x_EBTD.dtype))
     counts_B = (labels_BT >= 0).sum(1)
     chunk = loss_chunk(*labels_BT.shape, head.table_VD.shape)
     chunks = -(-counts_B.max() // chunk)
-    function = partial(_own_rows, exit_loss, chunk)
+    function = partial(_own_rows, block_loss, chunk)
     arrays = narrow, x_EBTD, final, labels_BT, exit_E, step, chunks
     rows, entries = P(PIECES), P(None, PIECES)
     specs, outputs = (P(), entries, rows, rows, P(), P(), P()), (rows, entries)
@@ -180,7 +167,7 @@ def _forward(exit_loss, head, x_EBTD, final, labels_BT, exit_E, step):
     return (each_E.sum(), each_E), dx_EBTD
 
 
-def _own_rows(exit_loss, chunk, head, x_EBTD, final, labels_BT, exit_E, step, chunks):
+def _own_rows(block_loss, chunk, head, x_EBTD, final, labels_BT, exit_E, step, chunks):
     """Losses and gradients of a device's rows. Sums have a leading axis of size 1."""
     wide = jnp.promote_types(x_EBTD.dtype, jnp.float32)
     product = partial(jnp.einsum, preferred_element_type=wide)
@@ -205,19 +192,17 @@ def _own_rows(exit_loss, chunk, head, x_EBTD, final, labels_BT, exit_E, step, ch
             final_BCV = own.logits(len(head.table_VD)).astype(wide)
         else:
             final_BCV = logits(head.norm(own))
+        last = LastExit(final_BCV, log_z(final_BCV))
         found, dx_EBTD = [], sums.dx_EBTD
         for entry, x_BTD in enumerate(x_EBTD):
             normed_BCD, norm_backward = jax.vjp(head.norm, take(x_BTD))
-            of_exit = with_exit(exit_loss, exit_E[entry], step)
-
-            def loss(logits_BCV, of_exit=of_exit):
-                return jnp.where(counted_BC, of_exit(logits_BCV, label_BC, final_BCV), 0).sum()
-
-            value, dlogits_BCV = jax.value_and_grad(loss)(logits(normed_BCD))
+            given = label_BC, last, exit_E[entry], step
+            loss_BC, dlogits_BCV = block_loss(logits(normed_BCD), *given)
             dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV.astype(x_BTD.dtype), head.table_VD)
+            dnormed_BCD = jnp.where(counted_BC[..., None], dnormed_BCD, 0)
             (dx_BCD,) = norm_backward(dnormed_BCD.astype(x_BTD.dtype))
             dx_EBTD = lax.dynamic_update_slice(dx_EBTD, dx_BCD[None], (entry, 0, start, 0))
-            found.append(value)
+            found.append(jnp.where(counted_BC, loss_BC, 0).sum())
         return Sums(sums.each_E + jnp.stack(found), dx_EBTD)
 
     shape = len(x_EBTD), len(labels_BT), whole, x_EBTD.shape[-1]
@@ -228,7 +213,7 @@ def _own_rows(exit_loss, chunk, head, x_EBTD, final, labels_BT, exit_E, step, ch
     return each_E[None], dx_EBTD
 
 
-def _backward(exit_loss, dx_EBTD, cotangents):
+def _backward(block_loss, dx_EBTD, cotangents):
     """The sums of each exit are metrics only."""
     return None, dx_EBTD * cotangents[0].astype(dx_EBTD.dtype), None, None, None, None
 

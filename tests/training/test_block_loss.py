@@ -26,16 +26,21 @@ from lsjax.model.lora import split
 from lsjax.model.parameters import named_leaves
 from lsjax.model.rope import rope_angles
 from lsjax.training import block_loss
+from lsjax.training.acceptance_loss import (
+    LastExit,
+    acceptance_loss,
+    of_divergence,
+    of_exit_loss,
+    of_rejection,
+)
 from lsjax.training.block_loss import (
     LikelyTokens,
-    acceptance_loss,
     block_losses,
     block_objective,
     block_states,
     frozen_states,
-    rejection,
 )
-from lsjax.training.early_exit import divergence
+from lsjax.training.early_exit import divergence, log_z
 from lsjax.training.head_loss import Head
 from lsjax.training.step import init_state, make_train_step
 
@@ -64,11 +69,23 @@ def batch_of(seed: int = 0, rows: int = 4, steps: int = 24) -> dict[str, jax.Arr
     return own | dict(segments_BT=segments, positions_BT=positions)
 
 
+def written_down(function):
+    """A loss whose gradient is written down, as a loss of blocks."""
+    return lambda logits, labels, last, exit, step: function(logits, last)
+
+
+LOSSES = {
+    "divergence": written_down(of_divergence),
+    "rejection": written_down(of_rejection),
+    "own divergence": of_exit_loss(divergence),
+}
+
+
 def plain(loss, head, x_EBTD, final_BTD, labels_BT):
     """The same with all logits at once."""
     q_EBTV, p_BTV = head.norm(x_EBTD) @ head.table_VD.T, head.norm(final_BTD) @ head.table_VD.T
     log_p, log_q = jax.nn.log_softmax(p_BTV), jax.nn.log_softmax(q_EBTV)
-    if loss is divergence:
+    if loss.endswith("divergence"):
         each_EBT = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
     else:
         each_EBT = -jnp.log(jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1))
@@ -76,7 +93,7 @@ def plain(loss, head, x_EBTD, final_BTD, labels_BT):
     return sums_E.sum(), sums_E
 
 
-@pytest.mark.parametrize("loss", [divergence, rejection])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("chunk", [4, 11])
 def test_chunks_equal_all_logits_at_once(monkeypatch, loss, chunk):
     """In float64: values and the gradient of the blocks' states. Some rows have few labels."""
@@ -92,7 +109,7 @@ def test_chunks_equal_all_logits_at_once(monkeypatch, loss, chunk):
         fixed = final_BTD, labels_BT
 
         def ours(x_EBTD):
-            return block_losses(loss, head, x_EBTD, *fixed, jnp.array([1, 2]), jnp.int32(0))
+            return block_losses(LOSSES[loss], head, x_EBTD, *fixed, jnp.array([1, 2]), jnp.int32(0))
 
         found = jax.value_and_grad(ours, has_aux=True)(x_EBTD)
         expected = jax.value_and_grad(lambda x: plain(loss, head, x, *fixed), has_aux=True)(x_EBTD)
@@ -102,7 +119,7 @@ def test_chunks_equal_all_logits_at_once(monkeypatch, loss, chunk):
         assert np.abs(found[1]).max() > 0
 
 
-@pytest.mark.parametrize("loss", [divergence, rejection])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_likely_tokens_stand_for_the_last_exit(loss):
     """All tokens give the same loss as the states. A few give that of their own distribution."""
     keys = jax.random.split(jax.random.key(1), 4)
@@ -115,7 +132,7 @@ def test_likely_tokens_stand_for_the_last_exit(loss):
 
     def sums(final):
         given = x_EBTD, final, labels_BT, jnp.array([1, 2]), jnp.int32(0)
-        return block_losses(loss, head, *given)[1]
+        return block_losses(LOSSES[loss], head, *given)[1]
 
     def likely(count):
         ids_BTK = order_BTV[..., :count]
@@ -125,7 +142,7 @@ def test_likely_tokens_stand_for_the_last_exit(loss):
     kept_BTV = jnp.argsort(order_BTV, axis=-1) < 3
     p_BTV = jax.nn.softmax(jnp.where(kept_BTV, log_p_BTV, -jnp.inf))
     q_EBTV = jax.nn.softmax(head.norm(x_EBTD) @ head.table_VD.T)
-    if loss is divergence:
+    if loss.endswith("divergence"):
         own = jnp.where(kept_BTV, p_BTV * jnp.log(jnp.where(kept_BTV, p_BTV, 1) / q_EBTV), 0)
         each_EBT = own.sum(-1)
     else:
@@ -148,7 +165,7 @@ def test_a_draft_vocabulary_has_both_distributions(base):
     drafted = np.isin(batch["labels_BT"], ids)
     labels_BT = jnp.where(drafted, batch["labels_BT"], -1)
     assert 0 < drafted.sum() < (batch["labels_BT"] >= 0).sum()
-    _, expected_E = plain(divergence, small, x_EBTD, states_EBTD[-1], labels_BT)
+    _, expected_E = plain("divergence", small, x_EBTD, states_EBTD[-1], labels_BT)
     np.testing.assert_allclose(found[1][:2], expected_E, rtol=1e-4)
     for given in (None, ids[1:]):
         with pytest.raises(ConfigError, match="exit_blocks.draft_vocab is 100"):
@@ -160,11 +177,27 @@ def test_a_draft_vocabulary_has_both_distributions(base):
 
 def test_the_loss_changes_in_the_last_third():
     logits = jax.random.normal(jax.random.key(0), (2, 1, 3, V))
-    given = logits[0], jnp.zeros((1, 3), jnp.int32), logits[1]
+    last = LastExit(logits[1], log_z(logits[1]))
     loss = acceptance_loss(CONFIG)
-    for step, expected in ((0, divergence), (39, divergence), (40, rejection), (59, rejection)):
-        np.testing.assert_allclose(loss(*given, step=step), expected(*given), rtol=1e-6)
-    assert not np.allclose(divergence(*given), rejection(*given))
+    for step, expected in (
+        *((0, of_divergence), (39, of_divergence)),
+        *((40, of_rejection), (59, of_rejection)),
+    ):
+        found = loss(logits[0], None, last, exit=1, step=step)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            found,
+            expected(logits[0], last),
+        )
+    assert not np.allclose(of_divergence(logits[0], last).loss_BC, found.loss_BC)
+
+
+def test_distributions_without_a_common_token_have_a_gradient():
+    """The accepted share is 0 in float32. The loss and its gradient stay numbers."""
+    logits, other = jnp.array([[[300.0, 0, 0]]]), jnp.array([[[0, 300.0, 1]]])
+    loss, gradient = of_rejection(logits, LastExit(other, log_z(other)))
+    assert float(loss[0, 0]) == pytest.approx(300 - np.log(3), rel=1e-5)
+    assert np.isfinite(gradient).all() and gradient[0, 0, 0] > 0 > gradient[0, 0, 1:].min()
 
 
 def test_blocks_alone_are_trained(base):
@@ -211,7 +244,7 @@ def test_gradients_are_those_of_plain_layers(base):
             for exit_ in (1, 2)
         ]
         head = Head(model.norm, model.head_table)
-        return plain(divergence, head, jnp.stack(outputs), x_BTD, batch["labels_BT"])[0] / (
+        return plain("divergence", head, jnp.stack(outputs), x_BTD, batch["labels_BT"])[0] / (
             2 * count
         )
 
