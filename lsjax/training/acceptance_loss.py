@@ -15,12 +15,24 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import StepConfig
 from lsjax.training.early_exit import ExitLoss, log_z, with_exit
 
+LEAST = 1e-30  # accepted share, so that its inverse is finite
 
-class LastExit(NamedTuple):
-    """p, as logits and the log of their denominator."""
+
+class Distribution(NamedTuple):
+    """A distribution over tokens, as logits and the log of their denominator."""
 
     logits_BCV: Float[Array, "B C V"]
     log_z_BC: Float[Array, "B C"]
+
+    @classmethod
+    def of(cls, logits_BCV: Float[Array, "B C V"]) -> "Distribution":
+        """That of these logits."""
+        return cls(logits_BCV, log_z(logits_BCV))
+
+    @property
+    def logs_BCV(self) -> Float[Array, "B C V"]:
+        """Log-probabilities. They are not in memory: what reads them computes them."""
+        return self.logits_BCV - self.log_z_BC[..., None]
 
 
 class LossAndGradient(NamedTuple):
@@ -30,7 +42,7 @@ class LossAndGradient(NamedTuple):
     gradient_BCV: Float[Array, "B C V"]
 
 
-# (the block's logits, labels, p, exit and step) -> losses and gradients
+# (q, p, labels, exit, step) -> losses and gradients
 BlockLoss = Callable[..., LossAndGradient]
 
 
@@ -39,54 +51,46 @@ def acceptance_loss(config: StepConfig) -> BlockLoss:
     chance that a sampled draft is accepted."""
     first = config.exit_blocks.acceptance_from * config.num_steps
 
-    def loss(logits_BCV, label_BC, last, exit, step):
-        return lax.cond(step < first, of_divergence, of_rejection, logits_BCV, last)
+    def loss(q, p, label_BC, exit, step):
+        return lax.cond(step < first, of_divergence, of_rejection, q, p)
 
     return loss
 
 
-def of_divergence(logits_BCV: Float[Array, "B C V"], last: LastExit) -> LossAndGradient:
+def of_divergence(q: Distribution, p: Distribution) -> LossAndGradient:
     """KL(p || q). Its gradient is q - p."""
-    log_p_BCV, log_q_BCV = _logs(logits_BCV, last)
-    p_BCV = jnp.exp(log_p_BCV)
-    loss_BC = (p_BCV * (log_p_BCV - log_q_BCV)).sum(-1)
-    return LossAndGradient(loss_BC, jnp.exp(log_q_BCV) - p_BCV)
+    p_BCV = jnp.exp(p.logs_BCV)
+    loss_BC = (p_BCV * (p.logs_BCV - q.logs_BCV)).sum(-1)
+    return LossAndGradient(loss_BC, jnp.exp(q.logs_BCV) - p_BCV)
 
 
-def of_rejection(logits_BCV: Float[Array, "B C V"], last: LastExit) -> LossAndGradient:
-    """-log of the accepted share a = sum min(p, q).
+def of_rejection(q: Distribution, p: Distribution) -> LossAndGradient:
+    """-log of the accepted share a = sum min(p, q), at most -log LEAST.
 
-    Only tokens with q < p change a. If s is the sum of their q / a, the gradient is q s, less q / a
+    Only tokens with q < p change a. If s is the sum of their q, the gradient is q s / a, less q / a
     at these tokens.
     """
-    log_p_BCV, log_q_BCV = _logs(logits_BCV, last)
-    log_a_BC = log_z(jnp.minimum(log_p_BCV, log_q_BCV))
-    limits_BCV = log_q_BCV < log_p_BCV
-    share_BCV = jnp.where(limits_BCV, jnp.exp(log_q_BCV - log_a_BC[..., None]), 0)
-    share_BC1 = share_BCV.sum(-1, keepdims=True)
-    return LossAndGradient(-log_a_BC, jnp.exp(log_q_BCV) * share_BC1 - share_BCV)
-
-
-def _logs(
-    logits_BCV: Float[Array, "B C V"], last: LastExit
-) -> tuple[Float[Array, "B C V"], Float[Array, "B C V"]]:
-    """log p and log q."""
-    log_p_BCV = last.logits_BCV - last.log_z_BC[..., None]
-    return log_p_BCV, logits_BCV - log_z(logits_BCV)[..., None]
+    q_BCV, p_BCV = jnp.exp(q.logs_BCV), jnp.exp(p.logs_BCV)
+    limits_BCV = q_BCV < p_BCV
+    accepted_BC = jnp.maximum(jnp.minimum(p_BCV, q_BCV).sum(-1), LEAST)
+    share_BC = jnp.where(limits_BCV, q_BCV, 0).sum(-1) / accepted_BC
+    at_limits_BC = share_BC - 1 / accepted_BC
+    factor_BCV = jnp.where(limits_BCV, at_limits_BC[..., None], share_BC[..., None])
+    return LossAndGradient(-jnp.log(accepted_BC), q_BCV * factor_BCV)
 
 
 def of_exit_loss(exit_loss: ExitLoss) -> BlockLoss:
     """A loss of one's own, with its gradient by autodiff."""
 
     def loss(
-        logits_BCV: Float[Array, "B C V"],
+        q: Distribution,
+        p: Distribution,
         label_BC: Int[Array, "B C"],
-        last: LastExit,
         exit: Int[Array, ""],
         step: Int[Array, ""],
     ) -> LossAndGradient:
         own = with_exit(exit_loss, exit, step)
-        loss_BC, backward = jax.vjp(lambda x: own(x, label_BC, last.logits_BCV), logits_BCV)
+        loss_BC, backward = jax.vjp(lambda x: own(x, label_BC, p.logits_BCV), q.logits_BCV)
         return LossAndGradient(loss_BC, *backward(jnp.ones_like(loss_BC)))
 
     return loss

@@ -29,11 +29,11 @@ from lsjax.model.rope import rope_angles
 from lsjax.sharding import PIECES, in_context_order, on_each_device, over_context, pieces
 from lsjax.training.acceptance_loss import (
     BlockLoss,
-    LastExit,
+    Distribution,
     acceptance_loss,
     of_exit_loss,
 )
-from lsjax.training.early_exit import ExitLoss, log_z
+from lsjax.training.early_exit import ExitLoss
 from lsjax.training.forward import exit_states
 from lsjax.training.head_loss import CHUNKS, Head
 from lsjax.training.layer_dropout import drop_rates
@@ -192,12 +192,12 @@ def _own_rows(block_loss, chunk, head, x_EBTD, final, labels_BT, exit_E, step, c
             final_BCV = own.logits(len(head.table_VD)).astype(wide)
         else:
             final_BCV = logits(head.norm(own))
-        last = LastExit(final_BCV, log_z(final_BCV))
+        p = Distribution.of(final_BCV)
         found, dx_EBTD = [], sums.dx_EBTD
         for entry, x_BTD in enumerate(x_EBTD):
             normed_BCD, norm_backward = jax.vjp(head.norm, take(x_BTD))
-            given = label_BC, last, exit_E[entry], step
-            loss_BC, dlogits_BCV = block_loss(logits(normed_BCD), *given)
+            q = Distribution.of(logits(normed_BCD))
+            loss_BC, dlogits_BCV = block_loss(q, p, label_BC, exit_E[entry], step)
             dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV.astype(x_BTD.dtype), head.table_VD)
             dnormed_BCD = jnp.where(counted_BC[..., None], dnormed_BCD, 0)
             (dx_BCD,) = norm_backward(dnormed_BCD.astype(x_BTD.dtype))

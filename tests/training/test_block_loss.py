@@ -27,7 +27,7 @@ from lsjax.model.parameters import named_leaves
 from lsjax.model.rope import rope_angles
 from lsjax.training import block_loss
 from lsjax.training.acceptance_loss import (
-    LastExit,
+    Distribution,
     acceptance_loss,
     of_divergence,
     of_exit_loss,
@@ -40,7 +40,7 @@ from lsjax.training.block_loss import (
     block_states,
     frozen_states,
 )
-from lsjax.training.early_exit import divergence, log_z
+from lsjax.training.early_exit import divergence
 from lsjax.training.head_loss import Head
 from lsjax.training.step import init_state, make_train_step
 
@@ -71,7 +71,7 @@ def batch_of(seed: int = 0, rows: int = 4, steps: int = 24) -> dict[str, jax.Arr
 
 def written_down(function):
     """A loss whose gradient is written down, as a loss of blocks."""
-    return lambda logits, labels, last, exit, step: function(logits, last)
+    return lambda q, p, labels, exit, step: function(q, p)
 
 
 LOSSES = {
@@ -176,28 +176,27 @@ def test_a_draft_vocabulary_has_both_distributions(base):
 
 
 def test_the_loss_changes_in_the_last_third():
-    logits = jax.random.normal(jax.random.key(0), (2, 1, 3, V))
-    last = LastExit(logits[1], log_z(logits[1]))
+    q, p = map(Distribution.of, jax.random.normal(jax.random.key(0), (2, 1, 3, V)))
     loss = acceptance_loss(CONFIG)
     for step, expected in (
         *((0, of_divergence), (39, of_divergence)),
         *((40, of_rejection), (59, of_rejection)),
     ):
-        found = loss(logits[0], None, last, exit=1, step=step)
+        found = loss(q, p, None, exit=1, step=step)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
             found,
-            expected(logits[0], last),
+            expected(q, p),
         )
-    assert not np.allclose(of_divergence(logits[0], last).loss_BC, found.loss_BC)
+    assert not np.allclose(of_divergence(q, p).loss_BC, found.loss_BC)
 
 
 def test_distributions_without_a_common_token_have_a_gradient():
     """The accepted share is 0 in float32. The loss and its gradient stay numbers."""
-    logits, other = jnp.array([[[300.0, 0, 0]]]), jnp.array([[[0, 300.0, 1]]])
-    loss, gradient = of_rejection(logits, LastExit(other, log_z(other)))
-    assert float(loss[0, 0]) == pytest.approx(300 - np.log(3), rel=1e-5)
-    assert np.isfinite(gradient).all() and gradient[0, 0, 0] > 0 > gradient[0, 0, 1:].min()
+    q, p = (Distribution.of(jnp.array([[row]])) for row in ([300.0, 0, 0], [0, 300.0, 1]))
+    loss, gradient = of_rejection(q, p)
+    assert float(loss[0, 0]) == pytest.approx(30 * np.log(10), rel=1e-5)
+    assert np.isfinite(gradient).all()
 
 
 def test_blocks_alone_are_trained(base):
