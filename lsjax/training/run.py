@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,13 +126,11 @@ def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -
     """The newest undamaged saved state, with its position in the data, or that before the first
     step. The model that exit blocks hang off is not saved: it is read again. like: its shapes."""
 
-    def begin() -> TrainState:
-        return initial_state(run.config, run.mesh, like, run.recipe.optimizer)
-
+    begin = partial(initial_state, run.config, run.mesh, like, run.recipe.optimizer)
     base = None
     if run.config.exit_blocks.exits:
-        base = begin()
-        check_base(run.workdir, run.config.init_from, base.model, may_write=is_first())
+        given = run.workdir, run.config.init_from
+        base = begin(lambda model: check_base(*given, model, may_write=is_first()))
         if is_first():  # the place where the base was found
             write_json(run.workdir / CONFIG, versioned(run.config))
     restored = checkpoints.restore(like, base) if run.resumes else None

@@ -18,6 +18,7 @@ from lsjax.config import StepConfig, TrainConfig, check
 from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
+from lsjax.model.matrices import cast_matrices
 from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.platforms import with_kernels
 from lsjax.sharding import ROWS, split_rows
@@ -54,7 +55,8 @@ def init_state(
     """State before the first step. It shares the model's arrays, and steps overwrite them.
 
     With `lora` the model gets adapters, with `exit_blocks` blocks, and only these are trained.
-    Other blocks are dropped. model: stacked or not. optimizer: that of `make_train_step`. Raises
+    Other blocks are dropped. Matrices that blocks hang off have the dtype of the computation, as
+    their values do not change. model: stacked or not. optimizer: that of `make_train_step`. Raises
     ConfigError if config and model do not fit.
     """
     config.check_model(model.config)
@@ -69,6 +71,9 @@ def init_state(
         start=blocks.start,
         seed=config.seed,
     )
+    if blocks.exits:
+        trained, frozen = split(model)
+        model = joined(trained, cast_matrices(frozen, config.dtype))
     optimizer = optimizer or adamw(config.optimizer, config.num_steps)
     # Some optimizers keep the parameters themselves, but a step donates each array once.
     own = {id(leaf) for leaf in jax.tree.leaves(model)}
@@ -99,9 +104,11 @@ def initial_state(
     mesh: Mesh | None,
     like: TrainState,
     optimizer: optax.GradientTransformation | None = None,
+    check_loaded: Callable[[Llama], None] = lambda model: None,
 ) -> TrainState:
     """State before the first step, sharded: from the checkpoint in `init_from`, or random.
-    like: its `abstract_state`. Raises CheckpointError for a bad checkpoint."""
+    like: its `abstract_state`. check_loaded: called with the model of the checkpoint. Raises
+    CheckpointError for a bad checkpoint."""
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
         fresh = jax.jit(partial(_fresh_state, config, optimizer), out_shardings=places)
@@ -110,6 +117,7 @@ def initial_state(
 
     begin = partial(init_state, config, optimizer=optimizer)
     model = stacked(load(config.init_from, mesh=mesh))
+    check_loaded(model)
     return jax.jit(begin, out_shardings=places, donate_argnums=0)(model)
 
 

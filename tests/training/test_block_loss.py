@@ -220,6 +220,26 @@ def test_blocks_alone_are_trained(base):
     assert float(metrics["loss"]) == pytest.approx(last[:2].mean(), rel=1e-6)
 
 
+def test_frozen_matrices_have_the_computations_dtype(base):
+    """The blocks keep theirs. A step gives the same as one that casts all in each step."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    state = init_state(config, jax.tree.map(jnp.copy, base))
+    found = named_leaves(state.model)
+    kept = {name for name, leaf in found.items() if leaf.dtype == jnp.float32}
+    assert kept == {
+        *(name for name in found if name.startswith("exit_blocks.")),
+        *(name for name in found if name.endswith(("embedding", "scale"))),
+    }
+    wide = dataclasses.replace(
+        state, model=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.model)
+    )
+    wide = jax.tree.map(jnp.copy, wide)
+    step, batch = make_train_step(config), batch_of()
+    own, expected = step(state, batch), step(wide, batch)
+    for name, leaf in named_leaves(expected[0].model.exit_blocks).items():
+        np.testing.assert_array_equal(named_leaves(own[0].model.exit_blocks)[name], leaf)
+
+
 def test_gradients_are_those_of_plain_layers(base):
     """The blocks' gradients equal those of autodiff, layer by layer."""
     model, batch = with_exit_blocks(base, (1, 2), start="copy"), batch_of()
