@@ -29,6 +29,7 @@ from lsjax.decoding.scopes import (
     PROMPT_CHUNKS,
     ROUNDS,
     VERIFY,
+    guard_of_exit,
     guard_of_layers,
     guard_of_length,
 )
@@ -36,6 +37,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.kernels.cache_blocks import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of
 
@@ -88,7 +90,8 @@ def prefill_program(
     programs, state = _shapes(config, shape, 1, mesh, dtype, kernels)
     prompt, capacity = shape.prompt_tokens, state.tokens_BS.shape[1]
     size = chunk_size(prompt, capacity)
-    read = partial(prefill, chunk=size, depth=config.num_layers)
+    exits = chosen_strategy(shape, config).exits if shape.exit_blocks else ()
+    read = partial(prefill, chunk=size, depth=config.num_layers, exits=exits)
     lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
     trips = {rf"/{PROMPT_CHUNKS}/while$": len(lengths), **cache_blocks(lengths, capacity)}
     return programs.lower(read, state, _number(mesh)), trips
@@ -129,7 +132,12 @@ def _shapes(
     strategy = chosen_strategy(shape, config)
     capacity = cache_slots(prompt + 1, strategy)
     requests = [Request(prompt=[0] * prompt)] * rows
-    model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def build() -> Llama:
+        model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+        return with_exit_blocks(model, strategy.exits) if shape.exit_blocks else model
+
+    model = jax.eval_shape(build)
 
     def create(model):
         cache = model.new_cache(rows, capacity, config.num_layers)
@@ -162,6 +170,8 @@ def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips
             layers = guard_of_layers(lo, hi)
             trips[rf"/{DRAFT}/while/body/{layers}/while$"] = int(hi <= exit_layer)
             trips[rf"/{VERIFY}/(.*/)?{layers}/while$"] = int(exit_layer <= lo)
+        for own in strategy.exits:
+            trips[rf"/{guard_of_exit(own)}/while$"] = int(own == exit_layer)
     if isinstance(strategy, Adaptive):
         model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
         trips[SCORES] = 1 / strategy.scored_every(model)
@@ -173,8 +183,10 @@ def round_reads(
 ) -> tuple[float, float]:
     """Bytes of weights and of used cache, in bfloat16, that each device must read in a round."""
     # The draft runs its layers once more than it has tokens, and the head once per token. The
-    # verification runs the other layers and the head once.
+    # verification runs the other layers and the head once. An exit block is one more layer.
     passes = config.num_layers + kind.num_draft_tokens * kind.exit_layer
+    if shape.exit_blocks and kind.exit_layer:
+        passes += 1 + kind.num_draft_tokens
     heads = 1 + kind.num_draft_tokens
     weights = 2 * (passes * config.layer_params + heads * config.head_params)
     slots = (rows, config.num_kv_heads, shape.prompt_tokens, config.head_dim)

@@ -59,6 +59,8 @@ class DecodingShape(Checked, prefix="--decoding."):
     """Exit that drafts; a quarter of the layers by default."""
     num_draft_tokens: int = 4
     """Tokens drafted per round."""
+    exit_blocks: bool = False
+    """Whether exit blocks draft in place of their exits."""
 
     def __post_init__(self):
         super().__post_init__()

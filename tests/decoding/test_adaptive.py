@@ -252,7 +252,7 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
     log_q_BTV = jax.nn.log_softmax(logits_BTV) - math.log(2) if temperature else None
     draft = Draft(state, (), tokens_BT, count_B, log_q_BTV, None, jnp.array(TOP))
     states = [jnp.zeros((2, 4, model.config.hidden_size))] * 2
-    rest = jnp.array(False), states, logits_BTV, jnp.array(NEW), jnp.array([2, 0])
+    rest = jnp.array(False), lambda: states, logits_BTV, jnp.array(NEW), jnp.array([2, 0])
     passed, tried = jax.jit(lambda: scores(model, strategy.exits, draft, 2, *rest))()
     assert not passed[:, 0].any() and not tried[:, 0].any()
     # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.

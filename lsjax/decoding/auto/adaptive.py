@@ -122,10 +122,15 @@ class Adaptive(Speculative):
             reached, cache = run_segments(
                 model, segments, draft.hidden[0], places, draft.state.cache
             )
-            states, cache = draft_states(model, self.exits, reached, places.positions_BT, cache)
+            given = model, self.exits, reached, places.positions_BT
+            _, cache = draft_states(*given, cache)
             verified, logits_BTV = judge(model, draft, reached[-1], cache, None)
             new = logits_BTV, verified.tokens_BT, verified.accepted_B
-            seen = scores(model, self.exits, draft, choice.exit_layer, due, states, *new)
+
+            def drafting_states():  # computed again if all exits are scored, which is seldom
+                return draft_states(*given, cache)[0]
+
+            seen = scores(model, self.exits, draft, choice.exit_layer, due, drafting_states, *new)
             return replace(verified, seen=seen)
 
         with jax.named_scope(VERIFY):

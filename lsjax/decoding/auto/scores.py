@@ -1,5 +1,7 @@
 """Which drafts of each exit would have passed, in a round that any of them drafted."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +19,7 @@ def scores(
     draft: Draft,
     exit_layer: Int[Array, ""],
     due: Bool[Array, ""],
-    states: list[Float[Array, "B T D"]],
+    drafting_states: Callable[[], list[Float[Array, "B T D"]]],
     logits_BTV: Float[Array, "B T V"],
     tokens_BT: Int[Array, "B T"],
     accepted_B: Int[Array, " B"],
@@ -26,7 +28,8 @@ def scores(
 
     A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
     model. `exit_layer`, which drafted, is always scored, also where it stopped; others if due.
-    states: that each exit drafts from. logits_BTV: the full model's, after penalties.
+    drafting_states: returns what each exit drafts from. logits_BTV: the full model's, after
+    penalties.
     """
     state, head = draft.state, draft.head
     none = jnp.zeros_like(state.learned.passed_BEZ)
@@ -51,7 +54,8 @@ def scores(
         return by_level(top_BT, is_new_BT, passed(state.sampling.log_distribution(logits_BTW)))
 
     def every():
-        return jax.tree.map(lambda *ns_BZ: jnp.stack(ns_BZ, axis=1), *map(score, states))
+        found = map(score, drafting_states())
+        return jax.tree.map(lambda *ns_BZ: jnp.stack(ns_BZ, axis=1), *found)
 
     greedy = state.sampling is None
     right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTW)
