@@ -1,14 +1,13 @@
 """Exit blocks for a model that may not change: drafts get better, and the text stays the same.
 
+    lsjax answers --model PATH --chat --num-prompts 3000 --output answers
     python train.py --config configs/exit_blocks.py --workdir runs/blocks --init-from PATH \
-        --data.tokenizer PATH --data.paths answers.jsonl
-    python decode.py --model runs/blocks --prompt "..." --strategy auto
+        --data.tokenizer PATH
+    python decode.py --model PATH --exit-blocks runs/blocks --prompt "..."
 
 Each block is a small layer behind an exit. It learns to say what the last exit says, on text that
-the model wrote itself: `decode.py --prompt-file FILE --json answers.jsonl` writes it. The model is
-frozen, so a step is one forward pass, and a saved step holds the blocks alone. Kangaroo (arXiv
-2404.18911) drafts so with exit 2 of 32. The loss of the last third of the steps is that of arXiv
-2602.23881.
+the model wrote itself. docs/exit_blocks.md explains the settings. Kangaroo (arXiv 2404.18911)
+drafts so with exit 2 of 32. The loss of the last third of the steps is that of arXiv 2602.23881.
 """
 
 from lsjax.config import (
@@ -24,9 +23,10 @@ config = TrainConfig(
     init_from="models/SmolLM2-135M-Instruct.Q4_1.gguf",
     data=DataConfig(
         source="jsonl",
-        paths=("answers.jsonl",),
+        paths=("answers/answers.jsonl",),
         prompt_template="{prompt}",
         response_template="{text}",
+        allow_special=True,  # the prompts have the tokens of the chat template
         tokenizer="models/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     num_steps=2_000,

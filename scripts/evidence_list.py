@@ -160,6 +160,21 @@ EXPERIMENTS = (
         needs=("question.jsonl", "topv2", "smollm2", "build/evidence/quickstart/report.json"),
     ),
     Experiment(
+        "exit_blocks",
+        "A model that may not change: exit blocks",
+        "Blocks behind exits 2 and 4 of SmolLM2-135M as released. It wrote all prompts and answers "
+        "itself. The measured prompts are of other kinds. The first table has the share of first "
+        "drafts that are right. All texts equal those of the released model.",
+        f"--model smollm2 --spec-bench question.jsonl --topv2 topv2/test.tsv --code {CODE}",
+        program="python scripts/exit_block_study.py",
+        needs=("smollm2", "question.jsonl", "topv2", "build/evidence/quickstart/report.json"),
+        paper="""
+| published, other models | exit | speedup |
+|---|---|---|
+| Kangaroo (arXiv 2404.18911), Vicuna 7B | 2 of 32 | 1.68x |
+""",
+    ),
+    Experiment(
         "recipes",
         "Recipes: one factor at a time",
         "The quickstart's recipe with one change, 400 steps, one seed. Losses differ from those of "

@@ -1,0 +1,219 @@
+"""What exit blocks give a model that may not change, by the tokens that they are trained on.
+
+    python scripts/exit_block_study.py --model smollm2 --spec-bench question.jsonl \\
+        --topv2 topv2/test.tsv --code build/evidence/quickstart/runs/layerskip-0/prompts.jsonl \\
+        --output build/evidence/exit_blocks
+
+A chat model writes prompts and answers. Blocks are trained on some of the answers, and on all. Each
+is then measured on kinds of prompts that it was not trained on: how many first drafts are right,
+and how fast `auto` is with the blocks and without. The same command resumes. Prints a table, and
+writes it for scripts/results.py.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from evidence_list import TABLE
+from proofs.mixed_prompts import kinds_of_prompts
+
+import lsjax
+from lsjax.checkpoints.run import read_metrics
+from lsjax.cli.answers import ANSWERS
+from lsjax.cli.setup import keep_compiled_programs
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.vocabulary import read_counts
+from lsjax.evaluation.intervals import Estimate, from_samples, ratio
+from lsjax.io.files import write_json
+from lsjax.reporting.machine import made_on
+from lsjax.reporting.markdown import table
+
+KINDS = ("questions", "requests", "code")
+BATCH, LENGTH = 8, 512  # rows and tokens of a step
+DRAFTS = 4  # of a round, when acceptance is counted
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train and to measure."""
+
+    spec_bench: Path
+    """Spec-Bench's question.jsonl."""
+    topv2: Path
+    """A .tsv file of TOPv2 with requests in the column en_query."""
+    code: Path
+    """A .jsonl file with pieces of code as "prompt"."""
+    output: Path
+    """Folder of answers, runs and figures."""
+    model: str = "smollm2"
+    """The model, as it was released."""
+    answers: tuple[int, ...] = (1_000, 3_000, 9_000)
+    """Answers to train on, about 110 tokens each."""
+    exits: tuple[int, ...] = (2, 4)
+    """Exits that get a block."""
+    draft_vocab: int = 4_096
+    """Tokens that are drafted."""
+    prompts: int = 12
+    """Prompts of each kind that are measured."""
+    new_tokens: int = 96
+    """New tokens of each."""
+    repeats: int = 2
+    """Timed texts of each prompt and strategy."""
+    dtype: str = "bfloat16"
+    """Type of the training's products."""
+
+
+def main(arguments: Arguments) -> int:
+    """Makes what is missing, and prints the tables. Returns the exit code of what failed."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    code, began = 0, time.monotonic()
+    for number in sorted(arguments.answers):
+        code = code or make(arguments, number)
+        if code:
+            return code
+        print(f"{number} answers: {(time.monotonic() - began) / 60:.1f} minutes so far", flush=True)
+    lines = [*table(acceptance_rows(arguments)), "", *table(speed_rows(arguments)), ""]
+    lines += table([("measured on", ""), *made_on().items()])
+    (arguments.output / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+def make(arguments: Arguments, number: int) -> int:
+    """Answers, blocks and figures of one size. Returns the exit code of what failed."""
+    folder, run = arguments.output / "answers", arguments.output / f"blocks-{number}"
+    figures = arguments.output / f"figures-{number}.json"
+    if figures.exists():
+        return 0
+    model = arguments.model
+    write = f"answers --model {model} --chat --num-prompts {number} --output {folder} "
+    write += f"--dtype {arguments.dtype}"
+    steps = 600 + number // 7
+    train = f"train --config exit_blocks --workdir {run} --init-from {model} "
+    train += f"--data.tokenizer {model} --data.paths {folder / ANSWERS} "
+    train += f"--data.max-documents {number} --exit-blocks.keep-states --dtype {arguments.dtype} "
+    train += f"--exit-blocks.exits {' '.join(map(str, arguments.exits))} "
+    train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} --num-steps {steps} "
+    train += f"--batch-size {BATCH} --seq-len {LENGTH} --checkpoints.every {steps // 4} "
+    train += f"--evaluation.every {steps}"
+    for command in (write, train):
+        print(f"lsjax {command}", flush=True)
+        found = subprocess.run([sys.executable, "-m", "lsjax", *command.split()])
+        if found.returncode:
+            return found.returncode
+    write_json(figures, measured(arguments, run))
+    return 0
+
+
+def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
+    """Counts of first drafts, and seconds of texts, of each kind of prompts."""
+    keep_compiled_programs()
+    tokenizer = load_tokenizer(arguments.model)
+    model = lsjax.load(arguments.model, exit_blocks=run)
+    counts = read_counts(run / "token_counts.json", tokenizer)
+    vocabulary = lsjax.DraftVocabulary.most_frequent(
+        counts, arguments.draft_vocab, model.vocab_size
+    )
+    given = Namespace(**vars(arguments))
+    found: dict[str, Any] = {"tokens": counts.total(), "losses": read_metrics(run)[-1]}
+    for kind in KINDS:
+        texts = [tokenizer.encode(text) for text in kinds_of_prompts(given)[kind]]
+        found[kind] = {
+            "acceptance": accepted(arguments, model, tokenizer, texts),
+            "seconds": seconds(arguments, model, tokenizer, vocabulary, texts),
+        }
+    return found
+
+
+def accepted(
+    arguments: Arguments, model: lsjax.Llama, tokenizer: Tokenizer, texts: Sequence[Sequence[int]]
+) -> dict[int, Any]:
+    """By exit, for each text: the rounds, and those whose first draft was right."""
+    options = dict(max_new_tokens=arguments.new_tokens)
+    one = lsjax.acceptance(model, tokenizer, texts, arguments.exits, DRAFTS, **options)
+    return {
+        exit_layer: {
+            "drafted": one.drafted_nEJ[:, at, 0].tolist(),
+            "accepted": one.accepted_nEJ[:, at, 0].tolist(),
+        }
+        for at, exit_layer in enumerate(one.exits)
+    }
+
+
+def seconds(
+    arguments: Arguments,
+    model: lsjax.Llama,
+    tokenizer: Tokenizer,
+    vocabulary: lsjax.DraftVocabulary,
+    texts: Sequence[Sequence[int]],
+) -> dict[str, list[float]]:
+    """Seconds a token of each text, the median of the repeats. Strategies take turns."""
+    engine = lsjax.Engine(model, tokenizer, ignore_end=True)
+    strategies = {
+        "autoregressive": lsjax.Autoregressive(),
+        "without": lsjax.Adaptive(()),
+        "with": lsjax.Adaptive(arguments.exits, vocabulary),
+    }
+    taken: dict[str, list[list[float]]] = {name: [[] for _ in texts] for name in strategies}
+    for repeat in range(-1, arguments.repeats):  # the first one compiles
+        for number, text in enumerate(texts):
+            expected = None
+            for name, strategy in strategies.items():
+                engine.use(strategy)
+                (one,) = engine.generate([text], max_new_tokens=arguments.new_tokens)
+                expected = expected or one.token_ids
+                if one.token_ids != expected:
+                    raise SystemExit(f"{name} wrote another text: {one.text!r}")
+                if repeat >= 0:
+                    taken[name][number].append(one.decode_seconds)
+    return {name: [statistics.median(each) for each in own] for name, own in taken.items()}
+
+
+def figures_of(arguments: Arguments, number: int) -> dict[str, Any]:
+    """The measured figures of a size."""
+    return json.loads((arguments.output / f"figures-{number}.json").read_text())
+
+
+def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
+    """Share of right first drafts by tokens, exit and kind."""
+    rows = [("answers", "their tokens", "exit", *KINDS, "all")]
+    for number in sorted(arguments.answers):
+        found = figures_of(arguments, number)
+        for exit_layer in map(str, arguments.exits):
+            own = [found[kind]["acceptance"][exit_layer] for kind in KINDS]
+            shares = [share([one]).text() for one in own]
+            words = f"{number:,}", f"{found['tokens']:,}", exit_layer
+            rows.append((*words, *shares, share(own).text()))
+    return rows
+
+
+def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
+    """Right first drafts of the rounds, with an interval from the texts."""
+    right, rounds = ([n for one in counts for n in one[name]] for name in ("accepted", "drafted"))
+    return from_samples(ratio, right, rounds, of="prompts")
+
+
+def speed_rows(arguments: Arguments) -> list[tuple[str, ...]]:
+    """Speedups of `auto` by kind, and with blocks over without."""
+    rows = [("answers", "kind", "auto without blocks", "with blocks", "with over without")]
+    for number in sorted(arguments.answers):
+        found = figures_of(arguments, number)
+        for kind in KINDS:
+            taken = found[kind]["seconds"]
+            pairs = (("autoregressive", "without"), ("autoregressive", "with"), ("without", "with"))
+            gains = [from_samples(ratio, taken[a], taken[b], of="prompts") for a, b in pairs]
+            rows.append((f"{number:,}", kind, *(f"{gain.text()}x" for gain in gains)))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments)))
