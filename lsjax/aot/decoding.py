@@ -39,6 +39,7 @@ from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.kernels.cache_blocks import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama
+from lsjax.model.matrices import with_int8
 from lsjax.model.parameters import placed_shapes, sharding_of
 
 # Names of the conditionals around the draft's head and around auto's scores.
@@ -135,7 +136,8 @@ def _shapes(
 
     def build() -> Llama:
         model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
-        return with_exit_blocks(model, strategy.exits) if shape.exit_blocks else model
+        model = with_exit_blocks(model, strategy.exits) if shape.exit_blocks else model
+        return with_int8(model) if shape.weights == "int8" else model
 
     model = jax.eval_shape(build)
 
@@ -181,14 +183,16 @@ def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips
 def round_reads(
     config: LlamaConfig, shape: DecodingShape, rows: int, kind: Round, mesh: Mesh
 ) -> tuple[float, float]:
-    """Bytes of weights and of used cache, in bfloat16, that each device must read in a round."""
+    """Bytes of weights and of used cache that each device must read in a round. What is not int8 is
+    bfloat16."""
     # The draft runs its layers once more than it has tokens, and the head once per token. The
     # verification runs the other layers and the head once. An exit block is one more layer.
     passes = config.num_layers + kind.num_draft_tokens * kind.exit_layer
     if shape.exit_blocks and kind.exit_layer:
         passes += 1 + kind.num_draft_tokens
     heads = 1 + kind.num_draft_tokens
-    weights = 2 * (passes * config.layer_params + heads * config.head_params)
+    itemsize = 1 if shape.weights == "int8" else 2
+    weights = itemsize * (passes * config.layer_params + heads * config.head_params)
     slots = (rows, config.num_kv_heads, shape.prompt_tokens, config.head_dim)
     own = sharding_of("keys.0", slots, mesh).shard_shape(slots)
     return weights / mesh.shape["tensor"], 2 * 2 * passes * math.prod(own)

@@ -10,9 +10,10 @@ from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
 from lsjax.checkpoints.exported_blocks import ExportedBlocks
 from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
+from lsjax.checkpoints.narrowing import built, change_of
 from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
-from lsjax.config import AnyPath, as_path, check, split_step
+from lsjax.config import AnyPath, Weights, as_path, check, split_step
 from lsjax.io.files import WEIGHTS, local_copy, read_json
 from lsjax.model.llama import Llama
 
@@ -26,6 +27,7 @@ def load(
     track: Track = iter,
     mesh: Mesh | None = None,
     exit_blocks: str | AnyPath | None = None,
+    weights: Weights = "float",
 ) -> Llama:
     """Loads a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
 
@@ -36,6 +38,7 @@ def load(
         track: wraps the sequence of parameters, for a progress bar.
         mesh: devices to shard the parameters over; one device by default.
         exit_blocks: run of exit blocks that hang off this model, or exported ones.
+        weights: "int8" rounds the matrices while they are read. Only for decoding.
     Raises:
         CheckpointError: the file is missing, damaged or of another model; one line.
     """
@@ -43,7 +46,9 @@ def load(
     if isinstance(source, str | AnyPath):
         opened = open_checkpoint(source, exit_blocks)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    return opened.assemble(dtype=dtype, track=track, mesh=mesh)
+    change = change_of(weights, opened.config.tie_embeddings)
+    leaves = opened.leaves(dtype=dtype, track=track, mesh=mesh, change=change)
+    return built(opened.shape(dtype), leaves, weights)
 
 
 def open_checkpoint(

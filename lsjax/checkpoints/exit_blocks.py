@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from lsjax.checkpoints.narrowing import Change
 from lsjax.checkpoints.run import RunSource, is_finite
 from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
@@ -21,7 +23,7 @@ from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, LlamaConfig, as
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_json
 from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
-from lsjax.model.llama import Llama, with_parts
+from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, sharding_of
 
 BASE = "base.json"
@@ -47,29 +49,38 @@ class BlocksSource:
         self.blocks = from_json(ExitBlocksConfig, self.settings["exit_blocks"], where)
         self.early_exit = {"curriculum": "subset", "exits": self.blocks.exits}
 
-    def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """The base with its blocks. Raises CheckpointError."""
-        model = self.base.assemble(dtype=dtype, track=track, mesh=mesh)
+    def shape(self, dtype: DTypeLike) -> Llama:
+        """The shapes of the base with its blocks."""
+        own = self.blocks
+        make = partial(with_exit_blocks, exits=own.exits, feed_forward=own.feed_forward)
+        return jax.eval_shape(make, self.base.shape(dtype))
+
+    def leaves(
+        self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None, change: Change
+    ) -> dict[str, Array]:
+        """The parameters of the base and of the blocks by path, each changed at once. Raises
+        CheckpointError."""
+        seen: dict[str, str] = {}
+
+        def noted(path: str, array: Array) -> dict[str, Array]:
+            seen.update(fingerprints({path: array}))
+            return change(path, array)
+
+        found = self.base.leaves(dtype=dtype, track=track, mesh=mesh, change=noted)
         known = read_json(self.path / BASE, CheckpointError)
-        if known.get(dtype.name, "") not in ("", base_fingerprint(model, dtype)):
+        if known.get(dtype.name, "") not in ("", joined_fingerprint(seen)):
             raise CheckpointError(
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
                 f"trained for ({known['path']}): name that one, and --exit-blocks {self.path}"
             )
-        make = partial(
-            with_exit_blocks, exits=self.blocks.exits, feed_forward=self.blocks.feed_forward
-        )
-        like = jax.eval_shape(make, without_exit_blocks(model))
         shapes = {
             name: leaf.shape
-            for name, leaf in named_leaves(like).items()
+            for name, leaf in named_leaves(self.shape(dtype)).items()
             if name.startswith(EXIT_BLOCKS)
         }
-        arrays = self.read_blocks(shapes, dtype, mesh)
-        tree = jax.tree.structure(like.exit_blocks)
-        return with_parts(
-            model, exit_blocks=jax.tree.unflatten(tree, [arrays[name] for name in shapes])
-        )
+        for path, array in self.read_blocks(shapes, dtype, mesh).items():
+            found |= change(path, array)
+        return found
 
     def read_blocks(
         self, shapes: Mapping[str, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None
@@ -124,6 +135,11 @@ def base_fingerprint(model: Llama, dtype: Any) -> str:
             parts = {f"layers.{index}.{rest}": leaf[index] for index in range(len(leaf))}
         for name, part in parts.items():
             found |= fingerprints({name: part.astype(dtype)})
+    return joined_fingerprint(found)
+
+
+def joined_fingerprint(found: Mapping[str, str]) -> str:
+    """One hash of the fingerprints of all parameters, by path."""
     text = "\n".join(f"{name} {found[name]}" for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
+from lsjax.checkpoints.narrowing import Change
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
 from lsjax.config import AnyPath, LlamaConfig, LoraConfig, TrainConfig, check
@@ -149,14 +151,26 @@ class RunSource:
         done = [row for row in rows if row["step"] <= self.step]
         return max(done, key=lambda row: row["step"], default=None)
 
-    def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """The first undamaged step, with a Block per layer. Raises CheckpointError."""
-        return first_whole(self._steps, lambda step: self._read(step, dtype, track, mesh))[0]
+    def shape(self, dtype: DTypeLike) -> Llama:
+        """The model's shapes, with a Block per layer."""
+        return jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))
 
-    def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
+    def leaves(
+        self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None, change: Change
+    ) -> dict[str, Array]:
+        """The parameters of the first undamaged step by path, each changed at once. Raises
+        CheckpointError."""
+
+        def read(step: SavedStep) -> dict[str, Array]:
+            return self._read(step, dtype, track, mesh, change)
+
+        return first_whole(self._steps, read)[0]
+
+    def _read(
+        self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None, change: Change
+    ) -> dict[str, Array]:
         """Reads one stacked parameter after another, so at most one is held twice."""
-        model = jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))
-        shapes = {path: leaf.shape for path, leaf in named_leaves(model).items()}
+        shapes = {path: leaf.shape for path, leaf in named_leaves(self.shape(dtype)).items()}
         together: dict[str, list[str]] = {}  # path of stacked layers -> paths here
         for path in shapes:
             together.setdefault(stacked_path(path), []).append(path)
@@ -171,7 +185,7 @@ class RunSource:
                 place = sharding_of(path, shape, mesh)
                 wanted[path] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
         step.check(PARAMS, wanted)
-        arrays = {}
+        leaves: dict[str, Array] = {}
         for stacked, paths in track(list(together.items())):
             names = (stacked, *adapter_paths(stacked))
             found = step.read(PARAMS, {name: wanted[name] for name in names if name in wanted})
@@ -185,9 +199,9 @@ class RunSource:
             for layer, path in enumerate(paths):
                 part = array if stacked in paths else _layer(array, layer)
                 place = sharding_of(path, part.shape, mesh)
-                arrays[path] = jax.device_put(part.astype(dtype), place)
+                leaves |= change(path, jax.device_put(part.astype(dtype), place))
         self.step = step.number
-        return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])
+        return leaves
 
 
 @jax.jit

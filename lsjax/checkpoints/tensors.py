@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
+from lsjax.checkpoints.narrowing import Change
 from lsjax.config import AnyPath, LlamaConfig
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
@@ -91,8 +94,14 @@ class TensorSource:
         file = self.tensors[name][0] if name in self.tensors else self.path
         return f"{file}: tensor {name!r}"
 
-    def assemble(self, *, dtype: np.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """Builds the model; each parameter is created in its final dtype and sharding.
+    def shape(self, dtype: DTypeLike) -> Llama:
+        """The model's shapes, with a Block per layer."""
+        return jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def leaves(
+        self, *, dtype: np.dtype, track: Track, mesh: Mesh | None, change: Change
+    ) -> dict[str, Array]:
+        """The parameters by path; each is created in its final sharding, and changed at once.
 
         The host holds its shards of one parameter at a time, and reads each once.
         """
@@ -102,18 +111,18 @@ class TensorSource:
                 f"{self.path}: the config has {config.num_layers} layers, "
                 f"but {len(self.shapes)} tensors: correct the number of layers"
             )
-        model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
-        shapes = {path: leaf.shape for path, leaf in named_leaves(model).items()}
+        shapes = {path: leaf.shape for path, leaf in named_leaves(self.shape(dtype)).items()}
         self._check(shapes)
-        arrays = []
+        found: dict[str, Array] = {}
         for path in track(list(shapes)):
             read = parameter_reader(self, path, shapes[path], dtype)
             place = sharding_of(path, shapes[path], mesh)
             if place is None:
-                arrays.append(jnp.asarray(read((slice(None),) * len(shapes[path]))))
+                array = jnp.asarray(read((slice(None),) * len(shapes[path])))
             else:
-                arrays.append(jax.make_array_from_callback(shapes[path], place, read))
-        return jax.tree.unflatten(jax.tree.structure(model), arrays)
+                array = jax.make_array_from_callback(shapes[path], place, read)
+            found |= change(path, array)
+        return found
 
     def _check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless tensor names and shapes are exactly the model's."""

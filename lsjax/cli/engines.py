@@ -75,7 +75,8 @@ def load_engine(
     dtype = choose_dtype(model.flags.dtype)
     what = f"loading {model.flags.model.name}"
     with nullcontext() if notes.is_terminal else waiting(notes, what):  # a terminal shows a bar
-        loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
+        given = dict(dtype=dtype, mesh=model.mesh, weights=model.flags.weights)
+        loaded = load(model.source, track=bar(notes, "loading"), **given)
     options["kernels"] = model.flags.kernels
     options["compiling"] = partial(waiting, notes)
     options["track"] = bar(notes, "timing rounds, once for this machine")

@@ -16,6 +16,7 @@ from lsjax.config.decoding import (
     GREEDY as GREEDY,
     DecodingShape as DecodingShape,
     Sampling as Sampling,
+    Weights as Weights,
 )
 from lsjax.config.hosts import Hosts as Hosts
 from lsjax.config.llama import LlamaConfig as LlamaConfig, RopeScaling as RopeScaling

@@ -44,6 +44,9 @@ class Sampling(Checked):
 GREEDY = Sampling()
 
 
+Weights = Literal["float", "int8"]
+
+
 @dataclass(frozen=True)
 class DecodingShape(Checked, prefix="--decoding."):
     """Rows to decode: greedy, with prompts of one length."""
@@ -61,6 +64,8 @@ class DecodingShape(Checked, prefix="--decoding."):
     """Tokens drafted per round."""
     exit_blocks: bool = False
     """Whether exit blocks draft in place of their exits."""
+    weights: Weights = "float"
+    """Weights of the matrices: bfloat16, or int8 with a scale for each output channel."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,6 +25,7 @@ from lsjax.kernels.matmuls import enough_rows, enough_steps
 from lsjax.kernels.rope import Rope
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
+from lsjax.model.int8 import Int8Rows
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order
 
@@ -71,9 +72,11 @@ class Llama(nnx.Module):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Dtype of the layers' matrices and of the hidden states (`cast_matrices`)."""
+        """Dtype of the layers' matrices (`cast_matrices`) and of the hidden states. Matrices of
+        integers (int8.py) are widened to that of the parameters."""
         block = self.layers if self.is_stacked else self.layers[0]
-        return block.attention.out.kernel[...].dtype
+        dtype = block.attention.out.kernel[...].dtype
+        return dtype if jnp.issubdtype(dtype, jnp.floating) else self.dtype
 
     def new_cache(self, batch: int, capacity: int, depth: int) -> KVCache:
         """An empty cache of the first `depth` layers, with `capacity` slots for each row."""
@@ -87,7 +90,8 @@ class Llama(nnx.Module):
         """Bytes of weights that a token of all layers reads: an embedding is one row."""
         config = self.config
         count = config.num_layers * config.layer_params + config.head_params
-        return count * self.dtype.itemsize
+        itemsize = 1 if isinstance(self.head, Int8Rows) else self.dtype.itemsize
+        return count * itemsize
 
     def prepare(self, positions_BT: Int[Array, "B T"]) -> Mapping[str, Rope]:
         """Angles of the positions, for `run_layers`."""
@@ -227,25 +231,34 @@ class Llama(nnx.Module):
     @property
     def head_table(self) -> Float[Array, "V D"]:
         """The head's rows; the embedding if the two are tied."""
+        if isinstance(self.head, Int8Rows):
+            return self.head.table()
         return (self.embedding if self.head is None else self.head)[...]
 
-    def head_rows(self, ids_W: ArrayLike) -> Float[Array, "W D"]:
+    def head_rows(self, ids_W: ArrayLike) -> Float[Array, "W D"] | Int8Rows:
         """The head's rows of some tokens, for `unembed`."""
+        if isinstance(self.head, Int8Rows):
+            return self.head.take(ids_W)
         return self.head_table[ids_W]
 
     @jax.named_scope("head")
     def unembed(
-        self, x: Float[Array, "*batch D"], rows: Float[Array, "W D"] | None = None
+        self, x: Float[Array, "*batch D"], rows: Float[Array, "W D"] | Int8Rows | None = None
     ) -> Float[Array, "*batch W"]:
         """Final norm and head, shared by every exit; logits in float32 or wider. rows: a subset of
         the head's rows; only their logits are computed."""
-        table_VD = (self.head_table if rows is None else rows).astype(x.dtype)
+        if rows is None:
+            rows = self.head if isinstance(self.head, Int8Rows) else self.head_table
+        is_rounded = isinstance(rows, Int8Rows)
+        table_VD = (rows.rows[...] if is_rounded else rows).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
         # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of
         # rows (docs/performance.md).
         wide = jnp.promote_types(x.dtype, jnp.float32)
         logits_VR = jnp.matmul(table_VD, enough_rows(rows_RD).T, preferred_element_type=wide)
+        if is_rounded:
+            logits_VR = logits_VR * rows.scale[...][:, None]
         return logits_VR.T[: len(rows_RD)].reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:

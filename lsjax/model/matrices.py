@@ -9,7 +9,8 @@ from flax import nnx
 from lsjax.config import ComputeDtype
 from lsjax.kernels.matmuls import default_dtype
 from lsjax.model.block import Linear
-from lsjax.model.llama import Llama
+from lsjax.model.int8 import Int8Linear, Int8Rows, rounded
+from lsjax.model.llama import Llama, unstacked, with_parts
 from lsjax.model.parameters import SLOTS, map_named
 
 
@@ -39,6 +40,18 @@ def split_matrices(model: Llama) -> Llama:
         return nnx.List(map_named(partial(taken, slot), matrix) for slot in SLOTS[name])
 
     return map_matrices(parts, model)
+
+
+def with_int8(model: Llama) -> Llama:
+    """The model with matrices and a head of int8 (int8.py). Embedding, norms and biases stay as
+    they are: a tied head gets rows of its own."""
+
+    def changed(name: str, matrix: Linear) -> Int8Linear:
+        return Int8Linear(rounded(matrix.kernel[...]), matrix.bias)
+
+    model = unstacked(model)
+    head = nnx.data(Int8Rows.of(model.head_table))  # a tied head was no data
+    return with_parts(map_matrices(changed, model), head=head)
 
 
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lsjax.config import AnyPath, Checked, Kernels, MeshConfig, Sampling, check
+from lsjax.config import AnyPath, Checked, Kernels, MeshConfig, Sampling, Weights, check
 
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
@@ -26,6 +26,9 @@ class ModelFlags(Checked, prefix="--"):
     """Prompts decoded in parallel."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    weights: Weights = "float"
+    """Matrices and head: float as they are, or int8 with a scale for each output channel, which
+    takes half the memory of bfloat16 and other texts. On CPUs int8 saves memory, not time."""
     max_length: int | None = None
     """Maximum tokens, prompt plus new text; the model's context by default."""
     mesh: MeshConfig = MeshConfig()

@@ -1,0 +1,113 @@
+"""int8 weights: against plain arithmetic in float64, through files, and in every strategy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lsjax
+from lsjax.data.tokenizer_backends import ByteTokenizer
+from lsjax.model.int8 import Int8Linear, Int8Rows, rounded
+from lsjax.model.llama import Llama, unstacked
+from lsjax.model.matrices import with_int8
+from lsjax.model.parameters import named_leaves
+
+SHAPES = {
+    "tied": lsjax.LlamaConfig.tiny(tie_embeddings=True),
+    "untied with biases": lsjax.LlamaConfig.tiny(
+        tie_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def plain(request) -> Llama:
+    config = SHAPES[request.param]
+    return unstacked(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))())
+
+
+def widened(kernel):
+    """What the integers stand for, in float64: the nearest of 255 steps."""
+    kernel = np.asarray(kernel, np.float64)
+    step = np.abs(kernel).max(0) / 127
+    return np.clip(np.rint(kernel / np.where(step > 0, step, 1)), -127, 127) * step
+
+
+def test_rounding_by_hand():
+    kernel = jnp.array([[127.0, 0.0, -1.0], [63.5, 0.0, 0.25], [-0.5, 0.0, 0.004]])
+    integers, scale = rounded(kernel)
+    np.testing.assert_array_equal(integers, [[127, 0, -127], [64, 0, 32], [0, 0, 1]])
+    np.testing.assert_allclose(scale, [1, 1, 1 / 127], rtol=1e-6)
+    assert integers.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (24, 2, 8), (24, 2, 3, 4)])
+def test_products_are_those_of_the_rounded_matrix(shape):
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 24))
+    bias = nnx.Param(jax.random.normal(jax.random.key(2), shape[1:]))
+    found = Int8Linear(rounded(kernel), bias)(x)
+    expected = np.tensordot(np.asarray(x, np.float64), widened(kernel), 1) + np.asarray(bias[...])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    off = np.abs(np.asarray(kernel) - widened(kernel)).max(0)
+    assert (off <= np.abs(kernel).max(0) / 254 + 1e-6).all()
+
+
+def test_logits_are_those_of_the_rounded_model(plain):
+    """In float64: a model whose matrices and head are what the integers stand for."""
+    found, tokens = jax.jit(with_int8)(plain), jnp.arange(24)[None]
+    own, wide = named_leaves(found), []
+    with jax.enable_x64(True):
+        for name, leaf in named_leaves(plain).items():
+            leaf = jnp.asarray(leaf, jnp.float64)
+            if name.endswith("kernel"):
+                leaf = own[name] * jnp.asarray(own[f"{name}_scale"], jnp.float64)
+            wide.append(leaf)
+        reference = jax.tree.unflatten(jax.tree.structure(plain), wide)
+        table = own["head.rows"] * jnp.asarray(own["head.scale"], jnp.float64)[:, None]
+        states = reference.exits(tokens)[-1]
+        expected = np.asarray(reference.unembed(states, table))
+        states = jnp.asarray(states, jnp.float32)
+    np.testing.assert_allclose(found(tokens), expected, atol=1e-3)
+    assert np.abs(np.asarray(plain(tokens)) - expected).max() > 0.01
+    ids = jnp.array([3, 5, 200])
+    some = found.unembed(states, found.head_rows(ids))
+    np.testing.assert_allclose(some, expected[..., ids], atol=1e-3)
+    assert isinstance(found.head_rows(ids), Int8Rows)
+
+
+def test_only_matrices_and_the_head_are_rounded(plain):
+    before, after = named_leaves(plain), named_leaves(with_int8(plain))
+    integers = {name for name, leaf in after.items() if leaf.dtype == jnp.int8}
+    assert integers == {*(name for name in before if name.endswith("kernel")), "head.rows"}
+    for name in before.keys() - integers - {"head"}:
+        np.testing.assert_array_equal(after[name], before[name])
+    own, half = (with_int8(plain).bytes_per_token(), plain.bytes_per_token() // 4)
+    assert own == half
+
+
+def test_rounded_while_reading(plain, tmp_path):
+    """The same bits as rounding the loaded model."""
+    lsjax.save(plain, tmp_path / "model")
+    found = lsjax.load(tmp_path / "model", weights="int8")
+    expected = with_int8(lsjax.load(tmp_path / "model"))
+    own = named_leaves(found)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name, leaf in named_leaves(expected).items():
+        np.testing.assert_array_equal(own[name], leaf)
+
+
+def test_drafts_of_rounded_models_are_lossless(plain):
+    """Self-speculation equals autoregressive decoding with the same weights."""
+    model, prompts = with_int8(plain), ["hello", "abc"]
+    texts = []
+    for strategy in (
+        lsjax.Autoregressive(),
+        lsjax.SelfSpeculative(2, 3),
+        lsjax.Adaptive((1, 2)),
+    ):
+        engine = lsjax.Engine(model, ByteTokenizer(), strategy, batch_size=2, ignore_end=True)
+        done = engine.generate(prompts, max_new_tokens=40)
+        texts.append([one.token_ids for one in done])
+    assert texts[0] == texts[1] == texts[2]
