@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine, check_settings
+from lsjax.decoding.int8_drafts import Int8Drafts
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
 from lsjax.io.files import cache_directory
@@ -109,10 +111,11 @@ def make_strategies(
         "--exit-layer has no effect on autoregressive decoding: choose another --strategy",
     )
     check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layer, such as 8")
-    for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
-        uses = {"self_speculative", *["auto"] * (name == "draft_vocab")}
+    for name in ("num_draft_tokens", "draft_vocab", "draft_confidence", "draft_weights"):
+        int8_head = name == "draft_weights" and flags.draft_weights == "int8-head"
+        uses = {"self_speculative", *["auto"] * (name == "draft_vocab" or int8_head)}
         check(
-            getattr(flags, name) in (None, ()) or bool(uses & {*names}),
+            getattr(flags, name) in (None, (), "float") or bool(uses & {*names}),
             f"{flags.name_of(name)} has no effect on {' and '.join(names)}: add --strategy "
             "self_speculative",
         )
@@ -124,7 +127,7 @@ def make_strategies(
     if "auto" in names:
         own = tuple(sorted(exits)) or trained_exits(model)
         check(bool(own) or size is None, "--draft-vocab has no effect without exits: leave it out")
-        vocabulary = _vocabulary(model, size, counts, own[len(own) // 2]) if own else None
+        vocabulary = _vocabulary(model, flags, counts, own[len(own) // 2]) if own else None
         made["auto"] = [Adaptive(own, vocabulary)]
     if "self_speculative" in names:
         lengths = list(dict.fromkeys(flags.num_draft_tokens))
@@ -137,10 +140,13 @@ def make_strategies(
             not missing,
             f"self_speculative needs {' and '.join(missing)}: {model.flags.model} has no default",
         )
-        vocabulary = None if size is None else _vocabulary(model, size, counts, exits[0])
+        vocabulary = None
+        if size is not None or flags.draft_weights == "int8-head":
+            vocabulary = _vocabulary(model, flags, counts, exits[0])
         confidences = dict.fromkeys(flags.draft_confidence or (0.0,))
+        kind = Int8Drafts if flags.draft_weights == "int8" else SelfSpeculative
         made["self_speculative"] = [
-            SelfSpeculative(exit_layer, length, vocabulary, draft_confidence=confidence or None)
+            kind(exit_layer, length, vocabulary, draft_confidence=confidence or None)
             for exit_layer, length, confidence in product(exits, lengths, confidences)
         ]
     strategies = [strategy for name in names for strategy in made[name]]
@@ -150,10 +156,12 @@ def make_strategies(
 
 
 def _vocabulary(
-    model: OpenModel, size: int | None, counts: Counts | None, exit_layer: int
+    model: OpenModel, flags: StrategyFlags, counts: Counts | None, exit_layer: int
 ) -> DraftVocabulary | None:
-    """The most frequent tokens: `size` of them, or the best number for drafts of this exit. Without
-    `size` and counts it is None, which drafts all tokens."""
+    """The most frequent tokens: as many as the flags say, or the best number for drafts of this
+    exit. Without a number and counts it is None, which drafts all tokens, or all with an int8
+    head."""
+    size, is_int8 = flags.draft_vocab, flags.draft_weights == "int8-head"
     try:
         if counts is None:
             counted = model.flags.exit_blocks or model.flags.model
@@ -166,8 +174,9 @@ def _vocabulary(
     if size is None and counts:
         size = best_draft_vocab(model.source.config, exit_layer, counts)
     if size is None:
-        return None
-    return DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
+        return DraftVocabulary.every(model.source.config.vocab_size) if is_int8 else None
+    found = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
+    return replace(found, is_int8=is_int8)
 
 
 def trained_exits(model: OpenModel) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from lsjax.config import check
 from lsjax.data.vocabulary import most_frequent
+from lsjax.model.int8 import Int8Rows
 from lsjax.model.protocol import DecoderModel, Sizes
 
 
@@ -27,10 +28,12 @@ class DraftVocabulary:
     """Token ids that may be drafted, in ascending order: of equal logits the lower id wins.
 
     The head costs as much as several layers, and W rows of it less than V. The verification uses
-    the full head, so the text stays the same.
+    the full head, so the text stays the same. is_int8: whether the rows are rounded to int8, which
+    halves the bytes of bfloat16 (lsjax/model/int8.py).
     """
 
     ids_W: Int[np.ndarray, " W"]
+    is_int8: bool = False
 
     def __len__(self) -> int:
         return len(self.ids_W)
@@ -44,9 +47,15 @@ class DraftVocabulary:
         _check_size(size, vocab_size)
         return cls(most_frequent(counts, size))
 
+    @classmethod
+    def every(cls, vocab_size: int) -> "DraftVocabulary":
+        """All tokens, with rows of int8."""
+        return cls(np.arange(vocab_size, dtype=np.int32), is_int8=True)
+
     def validate(self, sizes: Sizes) -> None:
-        """Raises ConfigError if the model lacks some of the tokens, or has no others."""
-        _check_size(len(self), sizes.vocab_size)
+        """Raises ConfigError if the model lacks some of the tokens, or if neither their number nor
+        rounding makes the head smaller."""
+        _check_size(len(self), sizes.vocab_size + self.is_int8)
         check(bool((np.diff(self.ids_W) > 0).all()), "draft vocabulary ids must ascend: sort them")
         check(
             bool(0 <= self.ids_W[0] and self.ids_W[-1] < sizes.vocab_size),
@@ -59,7 +68,10 @@ class DraftVocabulary:
         places_V = np.full(model.vocab_size, len(self), np.int32)
         places_V[self.ids_W] = np.arange(len(self))
         ids_W, places_V = jax.device_put((self.ids_W, places_V))
-        return DraftHead(ids_W, places_V, model.head_rows(self.ids_W))
+        rows = model.head_rows(self.ids_W)
+        if self.is_int8 and not isinstance(rows, Int8Rows):
+            rows = jax.jit(Int8Rows.of)(rows)
+        return DraftHead(ids_W, places_V, rows)
 
 
 def _check_size(size: int, vocab_size: int) -> None:

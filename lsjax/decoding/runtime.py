@@ -159,6 +159,8 @@ class Runtime:
         kinds = [device.device_kind for device in devices]
         layout = None if mesh is None else dict(mesh.shape)
         own = strategy.exits, strategy.lengths, strategy.draft_vocab, self.batch_size, capacity
+        if strategy.vocabulary is not None and strategy.vocabulary.is_int8:
+            own = *own, "int8 head"
         form = str(getattr(model, "config", type(model).__name__)), sizes
         lays_out = self.programs.lays_out
         here = kinds, layout, machine(), lays_out

@@ -135,7 +135,8 @@ class Speculative(Strategy):
     @property
     def program(self) -> Hashable:
         """What decides about the compiled program. `arguments` carries the rest at run time."""
-        return type(self), self.exits, self.lengths, self.draft_vocab, self.accept
+        is_int8 = self.vocabulary is not None and self.vocabulary.is_int8
+        return type(self), self.exits, self.lengths, self.draft_vocab, is_int8, self.accept
 
     def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError if an exit, a length or the confidence is out of range, or the draft

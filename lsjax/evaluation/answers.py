@@ -57,6 +57,8 @@ class Question:
         seed = sampling.seed if sampling.temperature else None
         row = repr(sorted(self.fields.items()))
         drafted = None if strategy.vocabulary is None else strategy.vocabulary.ids_W.tolist()
+        if drafted and strategy.vocabulary.is_int8:
+            drafted.append("int8")
         choices = (strategy.exits, strategy.lengths) if isinstance(strategy, Adaptive) else None
         own = [self.id, self.sample, self.reference, self.seen, row, seed]
         return digest([*Cell.of(strategy), drafted, choices, prompt, *own])

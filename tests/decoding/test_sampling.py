@@ -14,6 +14,7 @@ from lsjax.config import ConfigError, LlamaConfig, Sampling
 from lsjax.decoding.acceptance import accept_block
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.int8_drafts import Int8Drafts
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Purpose, RowSampling
@@ -223,9 +224,14 @@ LOOKUPS = ((1.0, 0.8),)
             Autoregressive(),
             SelfSpeculative(2, 2, VOCABULARY, draft_confidence=0.3),
             Adaptive((1, 2), VOCABULARY, lengths=(0, 2), seconds=COSTS),
+            Int8Drafts(1, 2),
+            SelfSpeculative(1, 2, DraftVocabulary.every(V)),
         ),
     ],
-    ids=["self_speculative", "lookup", "autoregressive", "vocabulary_and_confidence", "auto"],
+    ids=[
+        *("self_speculative", "lookup", "autoregressive", "vocabulary_and_confidence", "auto"),
+        *("int8_drafts", "int8_head"),
+    ],
 )
 def test_texts_have_the_models_distribution(small, strategy):
     """Chi-square over 10,240 texts of each setting: the first token is the prefill's, the others

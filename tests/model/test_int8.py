@@ -8,10 +8,13 @@ from flax import nnx
 
 import lsjax
 from lsjax.data.tokenizer_backends import ByteTokenizer
+from lsjax.decoding.int8_drafts import Int8Drafts
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.int8 import Int8Linear, Int8Rows, rounded
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.matrices import with_int8
 from lsjax.model.parameters import named_leaves
+from tests.marks import long
 
 SHAPES = {
     "tied": lsjax.LlamaConfig.tiny(tie_embeddings=True),
@@ -21,7 +24,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=["tied", *long("untied with biases")])
 def plain(request) -> Llama:
     config = SHAPES[request.param]
     return unstacked(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))())
@@ -98,6 +101,59 @@ def test_rounded_while_reading(plain, tmp_path):
         np.testing.assert_array_equal(own[name], leaf)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("exits", [(), (1, 2)])
+def test_rounded_drafts_leave_the_text_as_it_is(plain, exits):
+    """An int8 head for every strategy, with a draft vocabulary or without; and int8 layers. With
+    exit blocks too. Drafts differ from those of the full weights, so some are rejected."""
+    model, prompts = with_exit_blocks(plain, exits), ["hello", "abc"]
+    few = lsjax.DraftVocabulary(np.arange(0, 256, 2, dtype=np.int32), is_int8=True)
+    every = lsjax.DraftVocabulary.every(plain.vocab_size)
+    texts, accepted = [], []
+    for strategy in (
+        lsjax.Autoregressive(),
+        lsjax.SelfSpeculative(2, 3, every),
+        lsjax.SelfSpeculative(2, 3, few),
+        lsjax.Adaptive((1, 2), every),
+        Int8Drafts(2, 3),
+        Int8Drafts(2, 3, few, draft_confidence=0.01),
+    ):
+        engine = lsjax.Engine(model, ByteTokenizer(), strategy, batch_size=2, ignore_end=True)
+        done = engine.generate(prompts, max_new_tokens=40)
+        texts.append([one.token_ids for one in done])
+        accepted.append(sum(one.accepted for one in done))
+    assert all(text == texts[0] for text in texts)
+    assert accepted[1] > 0 and accepted[4] > 0
+
+
+@pytest.mark.long
+def test_drafts_of_rounded_layers_are_those_of_a_rounded_model(plain):
+    """Of the last layer but one, they agree nearly always with the exit itself."""
+    found = []
+    for kind in (lsjax.SelfSpeculative, Int8Drafts):
+        engine = lsjax.Engine(plain, ByteTokenizer(), kind(3, 2), ignore_end=True)
+        (done,) = engine.generate(["hello"], max_new_tokens=60)
+        found.append(done.acceptance_rate)
+    assert found[1] == pytest.approx(found[0], abs=0.15)
+
+
+def test_drafts_of_int8_layers_leave_the_text_as_it_is(plain):
+    """Fewer strategies, for the short set."""
+    texts = []
+    for strategy in (lsjax.Autoregressive(), Int8Drafts(2, 3)):
+        engine = lsjax.Engine(plain, ByteTokenizer(), strategy, ignore_end=True)
+        texts.append(engine.generate(["hello"], max_new_tokens=24)[0].token_ids)
+    assert texts[0] == texts[1]
+
+
+def test_an_int8_head_of_all_tokens_is_no_draft_vocabulary_otherwise(plain):
+    every = np.arange(plain.vocab_size, dtype=np.int32)
+    with pytest.raises(lsjax.ConfigError, match="does not make the head"):
+        lsjax.DraftVocabulary(every).validate(plain)
+    lsjax.DraftVocabulary.every(plain.vocab_size).validate(plain)
+
+
+@pytest.mark.long
 def test_drafts_of_rounded_models_are_lossless(plain):
     """Self-speculation equals autoregressive decoding with the same weights."""
     model, prompts = with_int8(plain), ["hello", "abc"]

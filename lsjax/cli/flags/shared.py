@@ -71,6 +71,10 @@ class StrategyFlags(Checked, prefix="--"):
     draft_vocab: int | None = None
     """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
     lsjax count-tokens counts the tokens."""
+    draft_weights: Literal["float", "int8-head", "int8"] = "float"
+    """Weights of drafts, which do not change the text. int8-head rounds the head, for any exit or
+    block. int8 rounds the first layers too, for self_speculative. The verification then runs all
+    layers."""
     draft_confidence: tuple[float, ...] = ()
     """Stops drafting before the product of the exit's highest probabilities falls below this, so
     that fewer draft tokens are rejected. With 0, the default, drafts have their full length."""
