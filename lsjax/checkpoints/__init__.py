@@ -46,7 +46,7 @@ def load(
     if isinstance(source, str | AnyPath):
         opened = open_checkpoint(source, exit_blocks)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    change = change_of(weights, opened.config.tie_embeddings)
+    change = change_of(weights, opened.config.tie_embeddings, dtype)
     leaves = opened.leaves(dtype=dtype, track=track, mesh=mesh, change=change)
     return built(opened.shape(dtype), leaves, weights)
 

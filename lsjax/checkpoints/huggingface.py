@@ -7,7 +7,7 @@ So an export holds one file in memory beside the model.
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lsjax.checkpoints.compressed import KEY, quantization_config, without_quantization
 from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import AnyPath, Checked, ConfigError, as_path, bounded, split_step
@@ -27,6 +28,7 @@ from lsjax.io.files import (
     write_whole,
     writing,
 )
+from lsjax.model.int8 import Int8Rows
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
@@ -76,7 +78,8 @@ class HuggingFaceSource(TensorSource):
             fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a complete model"
             raise CheckpointError(f"{file}: does not exist: {fix}")
         try:
-            self.config = llama_config(read_json(file, CheckpointError), str(file))
+            raw, self.is_int8 = without_quantization(read_json(file, CheckpointError))
+            self.config = llama_config(raw, str(file))
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from error
         self.tensors = {}
@@ -87,7 +90,8 @@ class HuggingFaceSource(TensorSource):
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
         file, tensor = self.tensors[name]
-        if tensor.get_dtype() not in _FLOATS:
+        is_int8 = tensor.get_dtype() == "I8" and f"{name}_scale" in self.tensors and self.is_int8
+        if tensor.get_dtype() not in _FLOATS and not is_int8:
             raise CheckpointError(
                 f"{file}: dtype {tensor.get_dtype()} of a weight is not one of "
                 f"{', '.join(_FLOATS)}: convert the checkpoint to bfloat16 first"
@@ -170,8 +174,12 @@ def save(
     }
     said = {key: value for key, value in ids.items() if value is not None}
     said |= generation.to_json() if generation else {}
+    config, quantised = model.config, {}
+    if isinstance(model.head, Int8Rows):  # a head of its own, whether tied or not
+        config = replace(config, tie_embeddings=False)
+        quantised = {KEY: quantization_config([])}
     with writing(directory), whole_directory(directory, last="config.json") as partial:
-        write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)
+        write_json(partial / "config.json", config_json(config, model.dtype) | ids | quantised)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)

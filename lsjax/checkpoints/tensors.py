@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from lsjax.checkpoints.narrowing import Change
 from lsjax.config import AnyPath, LlamaConfig
+from lsjax.model.int8 import Rounded
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
@@ -49,6 +50,8 @@ class Part(NamedTuple):
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the file: [outputs, inputs]; biases and scales of norms are flat."""
         sizes = self.view(np.broadcast_to(0, shape)).shape
+        if self.path.endswith(("kernel_scale", "head.scale")):  # of int8 matrices
+            return (math.prod(sizes), 1)
         if self.path.endswith(("bias", "scale")):
             return (math.prod(sizes),)
         return (math.prod(sizes[:-1]), sizes[-1])
@@ -115,14 +118,28 @@ class TensorSource:
         self._check(shapes)
         found: dict[str, Array] = {}
         for path in track(list(shapes)):
-            read = parameter_reader(self, path, shapes[path], dtype)
+            is_rounded = self.is_rounded(path)
+            own = np.dtype(np.int8) if is_rounded else dtype
+            read = parameter_reader(self, path, shapes[path], own)
             place = sharding_of(path, shapes[path], mesh)
             if place is None:
                 array = jnp.asarray(read((slice(None),) * len(shapes[path])))
             else:
                 array = jax.make_array_from_callback(shapes[path], place, read)
+            if is_rounded:
+                array = Rounded(array, self._scale(path, shapes[path]))
             found |= change(path, array)
         return found
+
+    def is_rounded(self, path: str) -> bool:
+        """Whether the file has int8 weights for this parameter, with scales."""
+        return all(f"{part.tensor}_scale" in self.shapes for part in parts_of(path, self.names))
+
+    def _scale(self, path: str, shape: tuple[int, ...]) -> Array:
+        """Scales of an int8 parameter."""
+        name, sizes = scale_of(path, shape)
+        read = parameter_reader(self, name, sizes, np.dtype(np.float32))
+        return jnp.asarray(read((slice(None),) * len(sizes)))
 
     def _check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless tensor names and shapes are exactly the model's."""
@@ -136,6 +153,11 @@ class TensorSource:
                 f"{self.where(missing[0])}: tensor is missing ({len(missing)} of {len(stored)} "
                 "are): the checkpoint is incomplete or its config is of another model"
             )
+        for path, shape in wanted.items():
+            if self.is_rounded(path):
+                name, sizes = scale_of(path, shape)
+                scales = parts_of(name, self.names)
+                stored |= {part.tensor: part.stored_shape(sizes) for part in scales}
         head, embedding = (parts_of(name, self.names)[0].tensor for name in ("head", "embedding"))
         if self.config.tie_embeddings and head in self.shapes:
             stored[head] = stored[embedding]
@@ -151,6 +173,11 @@ class TensorSource:
                     f"{self.where(name)}: shape {shape}, but the config expects {expected}: the "
                     "config is of another model, or a variant that is not supported"
                 )
+
+
+def scale_of(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Path and shape of the scales of an int8 parameter (lsjax/model/int8.py)."""
+    return ("head.scale", shape[:1]) if path == "head" else (f"{path}_scale", shape[1:])
 
 
 def parameter_reader(

@@ -62,9 +62,10 @@ def decode(arguments: Arguments) -> None:
     engine = load_engine(model, notes, strategy=strategies[0])
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     weights, cache = engine.memory_bytes(longest)
+    is_int8 = arguments.weights == "int8"
     notes.print(
         f"{arguments.model.name}: {config.num_params / 1e6:.0f}M parameters, "
-        f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
+        f"{weights / 1e6:.0f} MB in {engine.model.dtype}{' and int8' * is_int8}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
     tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)

@@ -92,6 +92,10 @@ def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:
     layer = re.match(r"layers\.(\d+)\.", path)
     prefix = _LAYER[names].format(layer[1]) if layer else ""
     kind = "bias" if path.endswith("bias") else "weight"
+    rounded = re.fullmatch(r"(.*kernel)_scale|(head)\.(rows|scale)", path)  # int8.py
+    if rounded:
+        kind = "weight" if rounded[3] == "rows" else "weight_scale"
+        path = rounded[1] or rounded[2]
     tensors = getattr(_BY_PATH[stacked_path(path)], names).split()
     slots = next((slots for matrix, slots in SLOTS.items() if f".{matrix}." in path), (None,))
     return [(f"{prefix}{name}.{kind}", slot) for name, slot in zip(tensors, slots, strict=True)]

@@ -1,10 +1,13 @@
 """int8 weights: against plain arithmetic in float64, through files, and in every strategy."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 import lsjax
 from lsjax.data.tokenizer_backends import ByteTokenizer
@@ -99,6 +102,48 @@ def test_rounded_while_reading(plain, tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for name, leaf in named_leaves(expected).items():
         np.testing.assert_array_equal(own[name], leaf)
+
+
+def test_a_rounded_model_is_saved_and_read(plain, tmp_path):
+    """In the format of compressed-tensors, bit for bit. Read as floats, it is what the integers
+    stand for. A tied head is a head of its own then."""
+    model = jax.jit(with_int8)(plain)
+    lsjax.save(model, tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "compressed-tensors" and said["format"] == "int-quantized"
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="numpy") as file:
+        name = "model.layers.1.mlp.up_proj.weight"
+        integers, scale = file.get_tensor(name), file.get_tensor(f"{name}_scale")
+    config = plain.config
+    assert integers.dtype == np.int8
+    assert integers.shape == (config.intermediate_size, config.hidden_size)
+    assert scale.shape == (config.intermediate_size, 1)
+    kernel = np.asarray(plain.layers[1].feed_forward.gate_up.kernel[...])[:, 1]
+    np.testing.assert_allclose(
+        integers * scale, widened(kernel).T, atol=1e-2 * np.abs(kernel).max()
+    )
+    own = named_leaves(lsjax.load(tmp_path / "model", weights="int8"))
+    expected = named_leaves(model)
+    assert own.keys() == expected.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(own[name], leaf)
+    wide = lsjax.load(tmp_path / "model")
+    tokens = jnp.arange(24)[None]
+    np.testing.assert_allclose(wide(tokens), model(tokens), atol=1e-3)
+
+
+def test_other_granularities_are_refused(plain, tmp_path):
+    lsjax.save(jax.jit(with_int8)(plain), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    raw = json.loads(file.read_text())
+    raw["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "group"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(lsjax.CheckpointError, match="only int8 with a symmetric scale"):
+        lsjax.load(tmp_path / "model")
+    raw["quantization_config"] = {"quant_method": "awq"}
+    file.write_text(json.dumps(raw))
+    with pytest.raises(lsjax.CheckpointError, match="quantization_config is"):
+        lsjax.load(tmp_path / "model")
 
 
 @pytest.mark.long
