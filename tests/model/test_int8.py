@@ -173,7 +173,7 @@ def test_rounded_drafts_leave_the_text_as_it_is(plain, exits):
 
 @pytest.mark.long
 def test_drafts_of_rounded_layers_are_those_of_a_rounded_model(plain):
-    """Of the last layer but one, they agree nearly always with the exit itself."""
+    """Drafts of the last exit but one agree nearly always with those of the exit itself."""
     found = []
     for kind in (lsjax.SelfSpeculative, Int8Drafts):
         engine = lsjax.Engine(plain, ByteTokenizer(), kind(3, 2), ignore_end=True)
