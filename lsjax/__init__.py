@@ -32,16 +32,21 @@ _PUBLIC = {
     "decoding.draft_vocabulary": ("DraftVocabulary",),
     "decoding.engine": ("Engine",),
     "decoding.exit_outputs": ("ExitOutputs",),
+    "decoding.int8_drafts": ("Int8Drafts",),
     "decoding.request": ("Request",),
     "decoding.sampling": ("Sampling",),
     "decoding.self_speculative": ("SelfSpeculative",),
     "decoding.strategy": ("Autoregressive", "EarlyExit", "Strategy"),
     "evaluation.acceptance": ("Acceptance", "acceptance"),
     "model.cache": ("KVCache",),
+    "model.exit_blocks": ("with_exit_blocks", "without_exit_blocks"),
     "model.exit_model": ("first_layers",),
     "model.llama": ("Llama", "stacked", "unstacked"),
+    "model.matrices": ("with_int8",),
     "model.protocol": ("DecoderModel",),
     "reporting.record": ("Report",),
+    "rollouts.engine": ("RolloutBatch", "Rollouts"),
+    "rollouts.log_probs": ("token_log_probs",),
     "sharding": ("make_mesh",),
     "training.early_exit": (
         *("cross_entropy", "curriculum", "divergence", "exit_weights", "layer_weights"),
@@ -95,6 +100,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from lsjax.decoding.draft_vocabulary import DraftVocabulary as DraftVocabulary
     from lsjax.decoding.engine import Engine as Engine
     from lsjax.decoding.exit_outputs import ExitOutputs as ExitOutputs
+    from lsjax.decoding.int8_drafts import Int8Drafts as Int8Drafts
     from lsjax.decoding.request import Request as Request
     from lsjax.decoding.sampling import Sampling as Sampling
     from lsjax.decoding.self_speculative import SelfSpeculative as SelfSpeculative
@@ -108,14 +114,21 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         acceptance as acceptance,
     )
     from lsjax.model.cache import KVCache as KVCache
+    from lsjax.model.exit_blocks import (
+        with_exit_blocks as with_exit_blocks,
+        without_exit_blocks as without_exit_blocks,
+    )
     from lsjax.model.exit_model import first_layers as first_layers
     from lsjax.model.llama import (
         Llama as Llama,
         stacked as stacked,
         unstacked as unstacked,
     )
+    from lsjax.model.matrices import with_int8 as with_int8
     from lsjax.model.protocol import DecoderModel as DecoderModel
     from lsjax.reporting.record import Report as Report
+    from lsjax.rollouts.engine import RolloutBatch as RolloutBatch, Rollouts as Rollouts
+    from lsjax.rollouts.log_probs import token_log_probs as token_log_probs
     from lsjax.sharding import make_mesh as make_mesh
     from lsjax.training.early_exit import (
         ExitLoss,

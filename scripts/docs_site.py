@@ -25,6 +25,7 @@ TOPICS = {
     "Models and files": ("checkpoints", "model", "sharding", "data"),
     "Decoding": ("decoding",),
     "Training": ("training", "cli"),
+    "Reinforcement learning": ("rollouts",),
     "Measuring": ("evaluation", "reporting"),
     "Configuration": ("config",),
 }

@@ -30,7 +30,7 @@ FLOORS = (
     ("model",),
     ("checkpoints",),
     ("training", "decoding"),
-    ("evaluation", "aot"),
+    ("evaluation", "aot", "rollouts"),
     ("reporting",),
     ("cli",),
     ("__main__",),

@@ -66,7 +66,7 @@ def judge(
         tokens_BT, accepted_B = lossless(changed_BTV, draft)
     else:
         tokens_BT, accepted_B = checked(rule, changed_BTV, draft)
-    log_probs_BT = state.log_probs(logits_BTV, tokens_BT)
+    log_probs_BT = state.log_probs(logits_BTV, changed_BTV, tokens_BT)
     return Verified(cache, tokens_BT, accepted_B, log_probs_BT), changed_BTV
 
 

@@ -1,7 +1,7 @@
 """State of a decoding batch, and the single function (`commit`) that appends tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from lsjax.config import check
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Penalties, Purpose, RowSampling, argmax
 from lsjax.kernels.cache_writes import write
@@ -45,6 +46,8 @@ class DecodeState:
     sampling: RowSampling | None  # how tokens are sampled; None means argmax
     penalties: Penalties | None
     learned: Any  # what the strategy has learned of each row; None for most
+    # Whether log_probs_BS are after penalties, temperature and filters.
+    sampled_log_probs: bool = field(default=False, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -76,6 +79,8 @@ class DecodeState:
             stop = [*{*ends, *request.stop_ids}]
             stop_Bn[row, : len(stop)] = stop
         log_probs = any(request.log_probs for request in all_requests)
+        sampled = {request.sampled_log_probs for request in all_requests}
+        check(len(sampled) == 1, "requests of a batch must agree on sampled_log_probs")
         samplings = [[one.sampling for one in rows] for rows in (requests, all_requests)]
 
         def filled(value, dtype=np.int32):
@@ -97,6 +102,7 @@ class DecodeState:
             sampling=RowSampling.create(*samplings),
             penalties=Penalties.create(*samplings),
             learned=learned,
+            sampled_log_probs=sampled.pop(),
         )
         return placed(state, mesh)
 
@@ -157,11 +163,19 @@ class DecodeState:
         return on_each_device(Penalties.apply, arguments, (*[rows] * 4, P()), rows)
 
     def log_probs(
-        self, logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"]
+        self,
+        logits_BTV: Float[Array, "B T V"],
+        changed_BTV: Float[Array, "B T V"],
+        tokens_BT: Int[Array, "B T"],
     ) -> Float[Array, "B T"] | None:
-        """Log-probabilities of the tokens before penalties; None if not requested."""
+        """Log-probabilities of the tokens; None if not requested. changed_BTV: the logits after
+        penalties."""
         if self.log_probs_BS is None:
             return None
+        if self.sampled_log_probs and self.sampling is not None:
+            logits_BTV = self.sampling.log_distribution(changed_BTV)
+        elif self.sampled_log_probs:
+            logits_BTV = changed_BTV
         chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=2)[..., 0]
         return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
@@ -175,7 +189,8 @@ class DecodeState:
             p_BV = jnp.exp(self.sampling.log_distribution(changed_BTV)[:, 0])
             token_B = self.sampling.token(p_BV, self.length_B, Purpose.TOKEN)
         new_BT = token_B[:, None]
-        return self.commit(new_BT, log_probs_BT=self.log_probs(logits_BTV, new_BT))
+        found_BT = self.log_probs(logits_BTV, changed_BTV, new_BT)
+        return self.commit(new_BT, log_probs_BT=found_BT)
 
     def commit(
         self,

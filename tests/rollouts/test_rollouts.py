@@ -1,0 +1,117 @@
+"""Rollouts: shapes, seeds, and log-probabilities against plain forward passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lsjax
+from lsjax.data.tokenizer_backends import ByteTokenizer
+from lsjax.model.llama import stacked, unstacked
+from lsjax.rollouts.engine import Rollouts, padded
+from lsjax.rollouts.log_probs import token_log_probs
+
+PROMPTS = ["hello", [1, 2, 3]]
+WARM = lsjax.Sampling(temperature=0.7, seed=5)
+
+
+def policy(seed: int) -> lsjax.Llama:
+    config = lsjax.LlamaConfig.tiny(num_layers=3)
+    return unstacked(jax.jit(lambda: lsjax.Llama(config, rngs=nnx.Rngs(seed)))())
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> Rollouts:
+    return Rollouts(policy(0), ByteTokenizer(), lsjax.Adaptive((1,)), batch_size=2, pad_id=9)
+
+
+@pytest.fixture(scope="module")
+def batch(rollouts):
+    return rollouts.generate(PROMPTS, group_size=3, max_new_tokens=12, sampling=WARM)
+
+
+def test_padding():
+    found, mask = padded([[1], [2, 3, 4]], 0, left=True)
+    np.testing.assert_array_equal(found, [[0, 0, 1], [2, 3, 4]])
+    np.testing.assert_array_equal(mask, [[False, False, True], [True, True, True]])
+    found, mask = padded([[1], [2, 3]], 7)
+    np.testing.assert_array_equal(found, [[1, 7], [2, 3]])
+    np.testing.assert_array_equal(mask, [[True, False], [True, True]])
+
+
+def test_groups(batch):
+    """Rows of a group have their prompt, and texts and seeds of their own."""
+    ids = ByteTokenizer().encode("hello")
+    assert batch.prompts_RP.shape == (6, len(ids))
+    for row in range(3):
+        assert batch.prompts_RP[row].tolist() == ids
+        assert batch.prompts_RP[3 + row].tolist() == [9] * (len(ids) - 3) + [1, 2, 3]
+        assert batch.prompt_mask_RP[3 + row].sum() == 3
+    assert [one.seed for one in batch.completions] == [5, 6, 7, 8, 9, 10]
+    assert len({*batch.texts}) == 6
+    for row, one in enumerate(batch.completions):
+        assert batch.tokens_RT[row, batch.mask_RT[row]].tolist() == one.token_ids
+        assert (batch.tokens_RT[row, ~batch.mask_RT[row]] == 9).all()
+        assert (batch.log_probs_RT[row, ~batch.mask_RT[row]] == 0).all()
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_log_probs_are_those_of_a_forward_pass(rollouts, sampled):
+    """After the temperature, and before it. The reference has all logits of each text alone."""
+    given = dict(group_size=2, max_new_tokens=12, sampling=WARM)
+    batch = rollouts.generate(PROMPTS, sampled_log_probs=sampled, **given)
+    model, temperature = rollouts.engine.model, 0.7 if sampled else 1.0
+    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
+    found_RT = token_log_probs(model, *fields, temperature=temperature)
+    np.testing.assert_allclose(found_RT, batch.log_probs_RT, atol=1e-4)
+    for row, one in enumerate(batch.completions):
+        prompt = batch.prompts_RP[row][batch.prompt_mask_RP[row]].tolist()
+        logits = model(jnp.array([prompt + one.token_ids]))[0, len(prompt) - 1 : -1]
+        logs = jax.nn.log_softmax(logits / temperature)
+        expected = np.take_along_axis(logs, np.array(one.token_ids)[:, None], 1)[:, 0]
+        np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)
+
+
+def test_gradients_are_those_of_plain_logits(batch):
+    model = stacked(policy(0))
+    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
+    prompt = batch.prompts_RP.shape[1]
+
+    def ours(model):
+        return token_log_probs(model, *fields)[:3].sum()  # rows without padding in the prompt
+
+    def plain(model):
+        tokens = jnp.concatenate([batch.prompts_RP, batch.tokens_RT], 1)[:3]
+        logs = jax.nn.log_softmax(model(tokens)[:, prompt - 1 : -1])
+        own = jnp.take_along_axis(logs, batch.tokens_RT[:3, :, None], 2)[..., 0]
+        return jnp.where(batch.mask_RT[:3], own, 0).sum()
+
+    found, expected = (jax.jit(jax.grad(one))(model) for one in (ours, plain))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
+    )
+
+
+def test_new_weights_need_no_new_program(rollouts):
+    """Greedy texts are those of autoregressive decoding with the new weights."""
+    other = policy(1)
+    greedy = dict(max_new_tokens=10, sampling=lsjax.Sampling(temperature=0.0))
+    before = rollouts.generate(PROMPTS, **greedy)
+    compiled = rollouts.engine.programs.compile_seconds
+    rollouts.use(other)
+    found = rollouts.generate(PROMPTS, **greedy)
+    assert rollouts.engine.programs.compile_seconds == compiled
+    plain = lsjax.Engine(other, ByteTokenizer()).generate(PROMPTS, max_new_tokens=10)
+    assert found.texts == [one.text for one in plain] != before.texts
+    rollouts.use(policy(0))
+
+
+def test_bad_input(rollouts):
+    with pytest.raises(lsjax.ConfigError, match="group_size 0"):
+        rollouts.generate(PROMPTS, group_size=0)
+    with pytest.raises(lsjax.ConfigError, match="there are no prompts"):
+        rollouts.generate([])
+    requests = [lsjax.Request(prompt=[1], sampled_log_probs=one) for one in (True, False)]
+    with pytest.raises(lsjax.ConfigError, match="must agree on sampled_log_probs"):
+        rollouts.engine.generate(requests)
