@@ -21,6 +21,7 @@ from lsjax.evaluation.scores import Answer, acceptance, grouped, repeated_share
 # A machine was probably busy if equal work takes this many times as long, or if a speedup is this
 # many times the ideal one.
 MOST_DISAGREEMENT, MOST_SHARE = 1.5, 1.1
+FEWEST_TOKENS = 6  # of a text on average: shorter ones are over before they can be timed
 
 
 def timed_beside(
@@ -75,6 +76,7 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             ideal = ideal_speedup(config, cell.exit_layer, drafts, rate, cell.draft_vocab)
         share = None if ideal is None else speedup / ideal
         slowdown = disagreement(own, base)
+        length = statistics.fmean(one["num_new_tokens"] for one in own)
         margins = [comparison.margin_of(one["difference"]) for one in found]
         yield {
             "group": group,
@@ -95,7 +97,10 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "share_of_ideal": share,
             "repeated_4grams": statistics.fmean(one["repeated_4grams"] for one in own),
             "disagreement": slowdown,
-            "trusted": slowdown <= MOST_DISAGREEMENT and (share or 0) <= MOST_SHARE,
+            "new_tokens": length,
+            "trusted": slowdown <= MOST_DISAGREEMENT
+            and (share or 0) <= MOST_SHARE
+            and length >= FEWEST_TOKENS,
         }
 
 
@@ -135,6 +140,12 @@ def doubts(rows: Sequence[Mapping[str, Any]]) -> str:
         causes.append(f"times that must be equal differ by up to {worst:.1f}x")
     if (share := max(row["share_of_ideal"] or 0 for row in doubtful)) > MOST_SHARE:
         causes.append(f"a share of the ideal speedup is {share:.2f}")
+    shortest = min(row["new_tokens"] for row in doubtful)
+    if shortest < FEWEST_TOKENS:
+        return (
+            f"Texts of {shortest:.0f} new tokens on average are too short to time: do not trust "
+            "figures with a question mark. Ask for longer texts."
+        )
     return (
         f"This machine was probably busy ({' and '.join(causes)}): do not trust figures with a "
         "question mark. Repeat on a quiet machine."

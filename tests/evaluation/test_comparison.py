@@ -183,6 +183,14 @@ def test_repeats_that_disagree(seconds, bases, seed, expected):
     assert row["trusted"] == (expected <= 1.5)
 
 
+def test_short_texts_are_not_timed():
+    """Their speedups are marked, and the warning names their length."""
+    short = dict(num_new_tokens=3, base_num_new_tokens=3)
+    (row,) = cell_speeds(LlamaConfig.tiny(), [timed(PLAIN, 1.0, **short)])
+    assert not row["trusted"] and row["new_tokens"] == 3
+    assert "Texts of 3 new tokens on average are too short to time" in doubts([row])
+
+
 def test_groups_and_differences_of_prompts():
     """Whatever the repeats; a margin that is no finite number is infinite."""
     narrow, wide = ({"margin": margin} for margin in (1e-5, None))

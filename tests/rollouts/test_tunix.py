@@ -102,7 +102,7 @@ def test_log_probs_are_those_of_tunix(output):
 
 @pytest.mark.parametrize("strategy", [lsjax.Autoregressive(), lsjax.Adaptive((1,))])
 def test_grpo_raises_the_reward(strategy):
-    """Texts are rewarded for vowels. The policy's arrays change, and the rollouts use the new ones."""
+    """Texts are rewarded for vowels. The policy's arrays change, and the rollouts use these."""
     policy, rewards = actor(), []
     before = jax.tree.map(jnp.copy, nnx.state(policy))
     cluster = cluster_of(policy, 12, strategy)
