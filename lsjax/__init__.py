@@ -46,7 +46,7 @@ _PUBLIC = {
     "model.protocol": ("DecoderModel",),
     "reporting.record": ("Report",),
     "rollouts.engine": ("RolloutBatch", "Rollouts"),
-    "rollouts.log_probs": ("token_log_probs",),
+    "rollouts.log_probs": ("rollout_exit_loss", "token_log_probs"),
     "sharding": ("make_mesh",),
     "training.early_exit": (
         *("cross_entropy", "curriculum", "divergence", "exit_weights", "layer_weights"),
@@ -128,7 +128,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from lsjax.model.protocol import DecoderModel as DecoderModel
     from lsjax.reporting.record import Report as Report
     from lsjax.rollouts.engine import RolloutBatch as RolloutBatch, Rollouts as Rollouts
-    from lsjax.rollouts.log_probs import token_log_probs as token_log_probs
+    from lsjax.rollouts.log_probs import (
+        rollout_exit_loss as rollout_exit_loss,
+        token_log_probs as token_log_probs,
+    )
     from lsjax.sharding import make_mesh as make_mesh
     from lsjax.training.early_exit import (
         ExitLoss,

@@ -175,6 +175,15 @@ EXPERIMENTS = (
 """,
     ),
     Experiment(
+        "grpo",
+        "Does acceptance last in reinforcement learning?",
+        "8 layers of width 192 add four numbers step by step. GRPO rewards the right total, with "
+        "rollouts that are autoregressive or speculative. The exits' loss is a term of the RL loss "
+        "or not. Accepted: first drafts of greedy texts, by exit.",
+        "",
+        program="python scripts/grpo_study.py",
+    ),
+    Experiment(
         "recipes",
         "Recipes: one factor at a time",
         "The quickstart's recipe with one change, 400 steps, one seed. Losses differ from those of "

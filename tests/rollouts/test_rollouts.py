@@ -10,7 +10,7 @@ import lsjax
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.model.llama import stacked, unstacked
 from lsjax.rollouts.engine import Rollouts, padded
-from lsjax.rollouts.log_probs import token_log_probs
+from lsjax.rollouts.log_probs import rollout_exit_loss, token_log_probs
 
 PROMPTS = ["hello", [1, 2, 3]]
 WARM = lsjax.Sampling(temperature=0.7, seed=5)
@@ -91,6 +91,25 @@ def test_gradients_are_those_of_plain_logits(batch):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
     )
+
+
+def test_the_loss_of_exits_is_that_of_all_logits(batch):
+    """KL(last exit || exit 1) over the new tokens. The last exit gets no gradient."""
+    model = stacked(policy(0))
+    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
+    rows, prompt = slice(0, 3), batch.prompts_RP.shape[1]
+    some = [field[rows] for field in fields]
+    found, gradient = jax.jit(jax.value_and_grad(lambda m: rollout_exit_loss(m, [1], *some)))(model)
+    states = unstacked(model).exits(jnp.concatenate([some[0], some[2]], 1))
+    log_q, log_p = (
+        jax.nn.log_softmax(model.unembed(states[at]))[:, prompt - 1 : -1] for at in (0, -1)
+    )
+    each = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    np.testing.assert_allclose(found, each[some[3]].mean(), rtol=1e-4)
+    own = np.asarray(gradient.layers.attention.out.kernel[...])
+    assert np.abs(own[0]).max() > 0 and np.abs(own[1:]).max() == 0
+    with pytest.raises(lsjax.ConfigError, match="exit 3 is out of range"):
+        rollout_exit_loss(model, [3], *some)
 
 
 def test_new_weights_need_no_new_program(rollouts):
