@@ -41,7 +41,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    """Prints the mean reward and the seconds of each step."""
+    """Prints the mean reward of each step."""
     tokenizer, devices = lsjax.load_tokenizer(arguments.model), np.array(jax.devices())
     mesh = Mesh(devices.reshape(-1, 1), ("fsdp", "tp"))
     drafts = lsjax.Adaptive(EXITS) if arguments.engine == "layerskip" else lsjax.Autoregressive()
@@ -61,22 +61,19 @@ def main(arguments: Arguments) -> None:
     )
     actor, text = Actor(lsjax.load(arguments.model)), TunixTokenizer(tokenizer)
     cluster = RLCluster(actor=actor, tokenizer=text, cluster_config=config)
-    last = time.perf_counter()
+    began = time.perf_counter()
 
     def right(prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        nonlocal last
         found = [reward(*pair) for pair in zip(prompts, completions, strict=True)]
-        now = time.perf_counter()
-        print(f"reward {np.mean(found):.3f}  {now - last:.1f} s", flush=True)
-        last = now
+        seconds = time.perf_counter() - began
+        print(f"after {seconds:.1f} s: reward {np.mean(found):.3f}", flush=True)
         return found
 
     settings = GRPOConfig(num_generations=8, num_iterations=1, beta=0.0)
     learner = GRPOLearner(rl_cluster=cluster, reward_fns=right, algo_config=settings)
     asked = sums(2)
     prompts = [next(asked)[0] for _ in range(8 * arguments.steps)]
-    data = grain.MapDataset.source(prompts).batch(8)
-    learner.train(data.map(lambda some: {"prompts": some}))
+    learner.train(grain.MapDataset.source(prompts).batch(8).map(lambda some: {"prompts": some}))
 
 
 if __name__ == "__main__":
