@@ -128,17 +128,21 @@ def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
     for kind in KINDS:
         texts = [tokenizer.encode(text) for text in kinds_of_prompts(given)[kind]]
         found[kind] = {
-            "acceptance": accepted(arguments, model, tokenizer, texts),
+            "acceptance": accepted(arguments, model, tokenizer, vocabulary, texts),
             "seconds": seconds(arguments, model, tokenizer, vocabulary, texts),
         }
     return found
 
 
 def accepted(
-    arguments: Arguments, model: lsjax.Llama, tokenizer: Tokenizer, texts: Sequence[Sequence[int]]
+    arguments: Arguments,
+    model: lsjax.Llama,
+    tokenizer: Tokenizer,
+    vocabulary: lsjax.DraftVocabulary,
+    texts: Sequence[Sequence[int]],
 ) -> dict[int, Any]:
     """By exit, for each text: the rounds, and those whose first draft was right."""
-    options = dict(max_new_tokens=arguments.new_tokens)
+    options = dict(max_new_tokens=arguments.new_tokens, vocabulary=vocabulary)
     one = lsjax.acceptance(model, tokenizer, texts, arguments.exits, DRAFTS, **options)
     return {
         exit_layer: {
@@ -156,7 +160,7 @@ def seconds(
     vocabulary: lsjax.DraftVocabulary,
     texts: Sequence[Sequence[int]],
 ) -> dict[str, list[float]]:
-    """Seconds a token of each text, the median of the repeats. Strategies take turns."""
+    """Seconds of each text, the median of the repeats. Strategies take turns."""
     engine = lsjax.Engine(model, tokenizer, ignore_end=True)
     strategies = {
         "autoregressive": lsjax.Autoregressive(),

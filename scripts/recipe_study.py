@@ -217,8 +217,11 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
         speedup = from_seeds([one.speedup for one in auto]).text()
         step = step_seconds(directory, part, name) / plain_step
         loss = from_seeds([losses(one, one.main)[-1] for one in own]).value
-        of_byte = loss / bytes_per_token(directory / run_name(name, part.seeds[0]))
-        shown = f"{loss:.3f}", f"{of_byte:.3f}", gap, f"{exit_}: {agreed:.3f}"
+        of_byte = ""  # of texts alone: answers have labels without the prompts' bytes
+        if part.decoding == TEXTS:
+            size = bytes_per_token(directory / run_name(name, part.seeds[0]))
+            of_byte = f"{loss / size:.3f}"
+        shown = f"{loss:.3f}", of_byte, gap, f"{exit_}: {agreed:.3f}"
         found.append((name, *shown, f"{ideal:.2f}x", f"{speedup}x{doubt}", f"{step:.2f}"))
     return found
 
@@ -226,13 +229,8 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
 def bytes_per_token(run: Path) -> float:
     """Bytes of a token of the held-out documents."""
     data, tokenizer = read_run_config(run).data, load_tokenizer(run)
-    source = document_source(data, validation=data.has_validation_set)
-    documents = [
-        one
-        for one in source.documents()
-        if data.has_validation_set or is_held_out(one.key, data.held_out_fraction)
-    ]
-    texts = [one.prompt + one.text for one in documents]
+    documents = document_source(data).documents()
+    texts = [one.text for one in documents if is_held_out(one.key, data.held_out_fraction)]
     tokens = sum(map(len, tokenizer.encode_batch(texts, add_bos=False)))
     return sum(len(text.encode()) for text in texts) / tokens
 

@@ -34,7 +34,7 @@ def without_quantization(raw: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     if not isinstance(found, dict) or found.get("format") != "int-quantized":
         return dict(raw), False
     for name, group in (found.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
+        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
         wrong = {key: weights.get(key) for key in CHANNELS if weights.get(key) != CHANNELS[key]}
         check(
             not wrong,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from lsjax.checkpoints.narrowing import Change
+from lsjax.checkpoints.narrowing import Change, to_float
 from lsjax.checkpoints.run import RunSource, is_finite
 from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
@@ -23,6 +23,7 @@ from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, LlamaConfig, as
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_json
 from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
+from lsjax.model.int8 import Rounded
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, sharding_of
 
@@ -46,14 +47,14 @@ class BlocksSource:
         )
         self.base = base
         where = f"{self.path}: exit_blocks"
-        self.blocks = from_json(ExitBlocksConfig, self.settings["exit_blocks"], where)
+        self.blocks = from_json(ExitBlocksConfig, self.settings.get("exit_blocks"), where)
         self.early_exit = {"curriculum": "subset", "exits": self.blocks.exits}
 
     def shape(self, dtype: DTypeLike) -> Llama:
         """The shapes of the base with its blocks."""
         own = self.blocks
         make = partial(with_exit_blocks, exits=own.exits, feed_forward=own.feed_forward)
-        return jax.eval_shape(make, self.base.shape(dtype))
+        return jax.eval_shape(make, without_exit_blocks(self.base.shape(dtype)))
 
     def leaves(
         self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None, change: Change
@@ -62,8 +63,10 @@ class BlocksSource:
         CheckpointError."""
         seen: dict[str, str] = {}
 
-        def noted(path: str, array: Array) -> dict[str, Array]:
-            seen.update(fingerprints({path: array}))
+        def noted(path: str, array: Array | Rounded) -> dict[str, Array]:
+            if path.startswith(EXIT_BLOCKS):  # of a base that has its own
+                return {}
+            seen.update(fingerprints(to_float(dtype, path, array)))
             return change(path, array)
 
         found = self.base.leaves(dtype=dtype, track=track, mesh=mesh, change=noted)
@@ -71,7 +74,7 @@ class BlocksSource:
         if known.get(dtype.name, "") not in ("", joined_fingerprint(seen)):
             raise CheckpointError(
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
-                f"trained for ({known['path']}): name that one, and --exit-blocks {self.path}"
+                f"trained for ({known.get('path')}): name that one, and --exit-blocks {self.path}"
             )
         shapes = {
             name: leaf.shape

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
@@ -21,14 +21,23 @@ from lsjax.checkpoints.steps import EXIT_BLOCKS
 from lsjax.checkpoints.tensors import (
     CheckpointError,
     TensorSource,
-    parameter_reader,
     parts_of,
+    read_parameter,
 )
 from lsjax.config import AnyPath, LlamaConfig
-from lsjax.config.checked import from_json
+from lsjax.config.checked import from_json, without_version
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS
-from lsjax.io.files import read_json, whole_directory, write_json, write_whole, writing
+from lsjax.io.files import (
+    WEIGHTS,
+    local_copy,
+    one_line,
+    read_json,
+    whole_directory,
+    write_json,
+    write_whole,
+    writing,
+)
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, sharding_of
 
@@ -42,10 +51,11 @@ class ExportedBlocks(BlocksSource, TensorSource):
 
     def __init__(self, directory: AnyPath, base: Any):
         self.path = directory
-        self.settings = read_json(directory / CONFIG, CheckpointError)
-        where = f"{directory / CONFIG}: model"
-        self.config = from_json(LlamaConfig, self.settings["model"], where)
-        self.tensors = read_safetensors(directory / SINGLE)
+        file = directory / CONFIG
+        self.settings = without_version(read_json(file, CheckpointError), str(file))
+        self.config = from_json(LlamaConfig, self.settings.get("model"), f"{file}: model")
+        local = local_copy(directory, wanted=WEIGHTS)
+        self.tensors = read_safetensors(local / SINGLE)
         self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
         self.hang_off(base)
 
@@ -67,15 +77,10 @@ class ExportedBlocks(BlocksSource, TensorSource):
             raise CheckpointError(
                 f"{self.where(wrong)} is missing or has another shape: the file is of other blocks"
             )
-        arrays = {}
-        for name, shape in shapes.items():
-            read = parameter_reader(self, as_layer(name), shape, dtype)
-            place = sharding_of(name, shape, mesh)
-            if place is None:
-                arrays[name] = jnp.asarray(read((slice(None),) * len(shape)))
-            else:
-                arrays[name] = jax.make_array_from_callback(shape, place, read)
-        return arrays
+        return {
+            name: read_parameter(self, as_layer(name), shape, dtype, sharding_of(name, shape, mesh))
+            for name, shape in shapes.items()
+        }
 
 
 def as_layer(name: str) -> str:
@@ -101,8 +106,11 @@ def save_exit_blocks(
         write_json(partial / CONFIG, {name: settings[name] for name in SETTINGS})
         tokenizer.save(partial)
         for name in (BASE, COUNTS):
-            shutil.copy(run.path / name, partial / name)
+            write_whole(partial / name, (run.path / name).read_bytes())
         write_whole(partial / "README.md", card.encode())
-        save_file(tensors, partial / SINGLE, {"format": "pt"})
+        try:
+            save_file(tensors, partial / SINGLE, {"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"{directory}: can't be written ({one_line(error)})") from error
         # safetensors makes files that only their owner reads, whatever the umask.
         shutil.copymode(partial / CONFIG, partial / SINGLE)

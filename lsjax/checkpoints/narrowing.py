@@ -22,10 +22,11 @@ Change = Callable[[str, Array | Rounded], dict[str, Array]]
 def change_of(weights: Weights, tied: bool, dtype: DTypeLike) -> Change:
     """What becomes of a parameter that was read. tied: whether the embedding is the head too.
     dtype: of widened integers."""
-    return partial(_to_int8, tied) if weights == "int8" else partial(_to_float, dtype)
+    return partial(_to_int8, tied) if weights == "int8" else partial(to_float, dtype)
 
 
-def _to_float(dtype: DTypeLike, path: str, array: Array | Rounded) -> dict[str, Array]:
+def to_float(dtype: DTypeLike, path: str, array: Array | Rounded) -> dict[str, Array]:
+    """The array, or what the integers stand for."""
     if isinstance(array, Rounded):
         integers, scale = array
         scale = scale[:, None] if path == "head" else scale

@@ -37,7 +37,7 @@ from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, sta
 CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
 RECIPE = "recipe.json"
 EVALUATION = "evaluation"  # kind of the METRICS rows with held-out losses
-BLOCKS_LOSS = "blocks_loss"  # of such a row, in runs of exit blocks
+REJECTED = "rejected_drafts"  # of such a row in runs of exit blocks: 1 - agreement, their mean
 
 
 def is_run(directory: AnyPath) -> bool:
@@ -109,10 +109,10 @@ def read_metrics(directory: AnyPath) -> list[dict[str, Any]]:
 
 
 def held_out_losses(directory: AnyPath) -> dict[int, float]:
-    """The held-out loss at each evaluated step: that of the last exit, or the mean of the blocks'
-    losses in a run of exit blocks."""
+    """The held-out loss at each evaluated step: that of the last exit, or the share of rejected
+    drafts in a run of exit blocks."""
     rows = [row for row in read_metrics(directory) if row["kind"] == EVALUATION]
-    losses = {row["step"]: row.get(BLOCKS_LOSS, row.get("last_exit_loss")) for row in rows}
+    losses = {row["step"]: row.get(REJECTED, row.get("last_exit_loss")) for row in rows}
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 

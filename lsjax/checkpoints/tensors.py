@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -85,6 +85,7 @@ class TensorSource:
     path: AnyPath
     config: LlamaConfig
     names: Names  # column of the table that names the tensors
+    is_int8 = False  # whether matrices may be integers with scales
     tensors: Mapping[str, tuple[AnyPath, Any]]  # file and unread tensor, by name in the file
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
@@ -118,28 +119,19 @@ class TensorSource:
         self._check(shapes)
         found: dict[str, Array] = {}
         for path in track(list(shapes)):
-            is_rounded = self.is_rounded(path)
+            shape, is_rounded = shapes[path], self.is_rounded(path)
             own = np.dtype(np.int8) if is_rounded else dtype
-            read = parameter_reader(self, path, shapes[path], own)
-            place = sharding_of(path, shapes[path], mesh)
-            if place is None:
-                array = jnp.asarray(read((slice(None),) * len(shapes[path])))
-            else:
-                array = jax.make_array_from_callback(shapes[path], place, read)
+            array = read_parameter(self, path, shape, own, sharding_of(path, shape, mesh))
             if is_rounded:
-                array = Rounded(array, self._scale(path, shapes[path]))
+                scale = read_parameter(self, *scale_of(path, shape), np.dtype(np.float32), None)
+                array = Rounded(array, scale)
             found |= change(path, array)
         return found
 
     def is_rounded(self, path: str) -> bool:
         """Whether the file has int8 weights for this parameter, with scales."""
-        return all(f"{part.tensor}_scale" in self.shapes for part in parts_of(path, self.names))
-
-    def _scale(self, path: str, shape: tuple[int, ...]) -> Array:
-        """Scales of an int8 parameter."""
-        name, sizes = scale_of(path, shape)
-        read = parameter_reader(self, name, sizes, np.dtype(np.float32))
-        return jnp.asarray(read((slice(None),) * len(sizes)))
+        names = [f"{part.tensor}_scale" for part in parts_of(path, self.names)]
+        return self.is_int8 and all(name in self.shapes for name in names)
 
     def _check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless tensor names and shapes are exactly the model's."""
@@ -178,6 +170,20 @@ class TensorSource:
 def scale_of(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """Path and shape of the scales of an int8 parameter (lsjax/model/int8.py)."""
     return ("head.scale", shape[:1]) if path == "head" else (f"{path}_scale", shape[1:])
+
+
+def read_parameter(
+    source: TensorSource,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    place: NamedSharding | None,
+) -> Array:
+    """A parameter of the file on its devices. Raises CheckpointError as `parameter_reader` does."""
+    read = parameter_reader(source, path, shape, dtype)
+    if place is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, place, read)
 
 
 def parameter_reader(

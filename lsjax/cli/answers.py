@@ -56,7 +56,7 @@ def answer(arguments: Arguments) -> None:
     ]
     check(bool(given), f"{file} has no prompts: add at least one")
     asked = [as_prompt(one, arguments, engine) for one in given]
-    known = Counter(row.get("prompt") for row in whole_rows(directory / ANSWERS))
+    known = Counter(str(row.get("prompt")) for row in whole_rows(directory / ANSWERS))
     missing = []
     for text, request in asked:
         if known[text]:
@@ -99,6 +99,10 @@ def write_prompts(engine: Engine, arguments: Arguments, file: AnyPath, notes: Co
     header = user_header(engine.tokenizer, arguments.system)
     ids = engine.tokenizer.encode(header, add_bos=False)
     rows = whole_rows(file)
+    check(
+        all(isinstance(row.get("seed"), int) for row in rows),
+        f"{file} has prompts that the model did not write: give them as --prompt-file",
+    )
     seeds = count(max((row["seed"] + 1 for row in rows), default=arguments.sampling.seed))
     missing, failed = arguments.num_prompts - len(rows), 0
     while missing > 0:

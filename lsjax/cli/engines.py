@@ -127,6 +127,8 @@ def make_strategies(
     if "auto" in names:
         own = tuple(sorted(exits)) or trained_exits(model)
         check(bool(own) or size is None, "--draft-vocab has no effect without exits: leave it out")
+        int8_head = flags.draft_weights == "int8-head"
+        check(bool(own) or not int8_head, "--draft-weights has no effect without exits: name some")
         vocabulary = _vocabulary(model, flags, counts, own[len(own) // 2]) if own else None
         made["auto"] = [Adaptive(own, vocabulary)]
     if "self_speculative" in names:
@@ -141,7 +143,7 @@ def make_strategies(
             f"self_speculative needs {' and '.join(missing)}: {model.flags.model} has no default",
         )
         vocabulary = None
-        if size is not None or flags.draft_weights == "int8-head":
+        if size or trained_vocab(model) or flags.draft_weights == "int8-head":
             vocabulary = _vocabulary(model, flags, counts, exits[0])
         confidences = dict.fromkeys(flags.draft_confidence or (0.0,))
         kind = Int8Drafts if flags.draft_weights == "int8" else SelfSpeculative
@@ -162,6 +164,7 @@ def _vocabulary(
     exit. Without a number and counts it is None, which drafts all tokens, or all with an int8
     head."""
     size, is_int8 = flags.draft_vocab, flags.draft_weights == "int8-head"
+    size = size or trained_vocab(model)
     try:
         if counts is None:
             counted = model.flags.exit_blocks or model.flags.model
@@ -169,14 +172,17 @@ def _vocabulary(
     except ConfigError:
         if size is not None:
             raise
-    if size is None and isinstance(model.source, BlocksSource):
-        size = model.source.blocks.draft_vocab
     if size is None and counts:
         size = best_draft_vocab(model.source.config, exit_layer, counts)
     if size is None:
         return DraftVocabulary.every(model.source.config.vocab_size) if is_int8 else None
     found = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
     return replace(found, is_int8=is_int8)
+
+
+def trained_vocab(model: OpenModel) -> int | None:
+    """Draft vocabulary that the model's exit blocks were trained on; None for all tokens."""
+    return model.source.blocks.draft_vocab if isinstance(model.source, BlocksSource) else None
 
 
 def trained_exits(model: OpenModel) -> tuple[int, ...]:

@@ -57,9 +57,9 @@ class ExitBlocksConfig(Checked, prefix="exit_blocks."):
     is then cheaper. Both distributions are those over these tokens, and positions with another
     token are left out. Decode with a --draft-vocab of this size or less."""
     keep_states: bool = False
-    """Whether the states of the exits, and the last exit's most probable tokens, are computed once
-    and kept in the cache. Each later pass over the data then skips the model's layers. For small
-    data: the run names the bytes."""
+    """Whether the model's states are computed once and kept in the cache, with the last exit's most
+    probable tokens. Each later pass over the data then skips the model's layers. For small data:
+    the run names the bytes that it adds to the cache."""
 
     def check_ids(self, draft_ids: Sized | None) -> None:
         """Raises ConfigError unless there are as many ids as the draft vocabulary has tokens."""

@@ -40,8 +40,13 @@ class Int8Drafts(SelfSpeculative):
 
     def arguments(self, model: DecoderModel) -> Int8Arguments:
         """The rounded layers, and what a draft takes. Raises ConfigError for other models than a
-        Llama."""
+        Llama, and for one with an exit block here, which drafts from exact states."""
         check(isinstance(model, Llama), f"{self.name} needs a Llama, not {type(model).__name__}")
+        check(
+            f"{self.exit_layer}" not in model.exit_blocks,
+            f"exit {self.exit_layer} has an exit block, which int8 layers do not feed: use "
+            "--draft-weights int8-head",
+        )
         drafter = with_int8(first_layers(model, self.exit_layer))
         draft = DraftArguments.create(drafter, self.vocabulary, self.draft_confidence, self.slack)
         return Int8Arguments(draft, drafter)

@@ -28,8 +28,8 @@ class Request(Checked):
     log_probs: bool = False
     """Whether the completion contains the log-probability of each token."""
     sampled_log_probs: bool = False
-    """Whether these are of the distributions that tokens are drawn from, after penalties,
-    temperature and filters, instead of the model's own. All requests of a batch agree."""
+    """Whether these are after penalties, temperature and filters: of the distributions that tokens
+    are drawn from. All requests of a batch agree."""
     exits: tuple[int, ...] = bounded((), low=1)
     """Exits whose states and probabilities at each new token the completion contains."""
 

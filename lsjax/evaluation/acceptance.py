@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from lsjax.config import GREEDY, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine, Prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.intervals import Estimate, from_samples, ratio
@@ -75,19 +76,21 @@ def acceptance(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
+    vocabulary: DraftVocabulary | None = None,
     **options: Any,
 ) -> Acceptance:
     """How many drafts of each exit are accepted at each position, over texts of these prompts.
 
     Every round drafts `num_draft_tokens`, but for the last rounds of a text. prompts: as in
-    `Engine.generate`. options: of `Engine`, such as batch_size and mesh. Raises ConfigError as
-    `Engine` does.
+    `Engine.generate`. vocabulary: tokens that may be drafted. options: of `Engine`, such as
+    batch_size and mesh. Raises ConfigError as `Engine` does.
     """
     check(len(exits) > 0, "exits is empty: name at least one exit")
     rows: list[Mapping[str, Any]] = []
-    engine = Engine(model, tokenizer, SelfSpeculative(exits[0], num_draft_tokens), **options)
-    for exit_layer in exits:
-        engine.use(SelfSpeculative(exit_layer, num_draft_tokens))
+    strategies = [SelfSpeculative(one, num_draft_tokens, vocabulary) for one in exits]
+    engine = Engine(model, tokenizer, strategies[0], **options)
+    for strategy in strategies:
+        engine.use(strategy)
         done = engine.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
         rows += [{"id": number, **one.to_json()} for number, one in enumerate(done)]
     return Acceptance.of(rows)

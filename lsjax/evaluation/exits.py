@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lsjax.checkpoints.run import BLOCKS_LOSS, EVALUATION
+from lsjax.checkpoints.run import EVALUATION, REJECTED
 from lsjax.config import AttentionKernel, ComputeDtype, Kernels, StepConfig, check
 from lsjax.decoding.sampling import argmax
 from lsjax.model.exit_blocks import block_exits
@@ -26,7 +26,7 @@ from lsjax.platforms import with_kernels
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.block_loss import block_states, frozen_states
 from lsjax.training.prepare import TrainingRun
-from lsjax.training.run import Hook
+from lsjax.training.run import Hook, draft_ids
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits in memory at once, per device
@@ -83,14 +83,17 @@ def score_batches(
     micro_batches: int = 1,
     attention: AttentionKernel = "auto",
     kernels: Kernels = "auto",
+    draft_ids_W: Int[np.ndarray, " W"] | None = None,
 ) -> BatchSums:
     """Scores every exit on each batch of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    dtype, micro_batches, attention, kernels: as in `StepConfig`. Labels of -1 do not count. Raises
-    ConfigError if no token is labelled.
+    dtype, micro_batches, attention, kernels: as in `StepConfig`. draft_ids_W: tokens that exit
+    blocks draft; all by default. Labels of -1 do not count. Raises ConfigError if no token is
+    labelled.
     """
     settings = dict(dtype=dtype, micro_batches=micro_batches, attention=attention, kernels=kernels)
-    parts = [jax.device_get(exit_sums(model, dict(batch), **settings)) for batch in batches]
+    ids_W = None if draft_ids_W is None else jnp.asarray(draft_ids_W)
+    parts = [jax.device_get(exit_sums(model, dict(batch), ids_W, **settings)) for batch in batches]
     check(
         any(labelled > 0 for *_, labelled in parts),
         "no token is labelled: raise the number of batches, or the row length",
@@ -104,19 +107,20 @@ def evaluation_hook(
 ) -> Hook:
     """Hook that scores every exit of a run on its held-out batches, computed as in a training step.
 
-    The loss of the last exit decides which saved steps are best, or the mean loss of exit blocks.
-    show: called with step and scores.
+    The loss of the last exit decides which saved steps are best. Of exit blocks, the mean share of
+    rejected drafts does. show: called with step and scores.
     """
     batches, names = list(run.held_out), ("dtype", "micro_batches", "attention", "kernels")
     settings = {name: getattr(run.config, name) for name in names}
+    settings["draft_ids_W"] = draft_ids(run)
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
         scores = score_exits(model, map(run.place, batches), **settings)
         row = {**asdict(scores), "last_exit_loss": scores.loss_E[-1]}
         loss, blocks = scores.loss_E[-1], run.config.exit_blocks.exits
         if blocks:
-            loss = statistics.fmean(scores.loss_E[exit_layer - 1] for exit_layer in blocks)
-            row[BLOCKS_LOSS] = loss
+            loss = statistics.fmean(1 - scores.agreement_E[one - 1] for one in blocks)
+            row[REJECTED] = loss
         if math.isfinite(loss):
             run.losses[step] = loss
         show(step, scores)
@@ -129,6 +133,7 @@ def evaluation_hook(
 def exit_sums(
     model: Llama,
     batch: dict[str, Array],
+    draft_ids_W: Int[Array, " W"] | None = None,
     *,
     dtype: ComputeDtype,
     micro_batches: int,
@@ -159,7 +164,8 @@ def exit_sums(
             *before, _ = frozen_states(config, model, whole)
             x_EBTD = block_states(config, model, jnp.stack(before), whole)
             for exit_layer, x_BTD in zip(block_exits(model), x_EBTD, strict=True):
-                loss_BT, token_BT = _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD))
+                given = model, table_VD, labels_BT, pieces(x_BTD), draft_ids_W
+                loss_BT, token_BT = _loss_and_argmax(*given)
                 loss_LBT = loss_LBT.at[exit_layer - 1].set(loss_BT)
                 token_LBT = token_LBT.at[exit_layer - 1].set(token_BT)
         found = loss_LBT, token_LBT == token_LBT[-1]
@@ -234,8 +240,10 @@ def _loss_and_argmax(
     table_VD: Float[Array, "V D"],
     labels_BT: Int[Array, "B T"],
     x_BTD: Float[Array, "B T D"],
+    ids_W: Int[Array, " W"] | None = None,
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """Loss and argmax at each position, a chunk of positions at a time."""
+    """Loss and argmax at each position, a chunk of positions at a time. ids_W: tokens among which
+    the argmax is; all by default."""
     batch, steps, width = x_BTD.shape
     chunk = chunk_steps(batch, steps, model.config.vocab_size, CHUNK_LOGITS)
     chunks = -(-steps // chunk)
@@ -252,7 +260,8 @@ def _loss_and_argmax(
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         label_BC = jnp.maximum(label_BC, 0)  # unlabelled positions are dropped later
         wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]
-        return log_z_BC - wanted_BC, argmax(logits_BCV)
+        best_BC = argmax(logits_BCV) if ids_W is None else ids_W[argmax(logits_BCV[..., ids_W])]
+        return log_z_BC - wanted_BC, best_BC
 
     def join(parts: Array) -> Array:
         return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]

@@ -135,18 +135,14 @@ def doubts(rows: Sequence[Mapping[str, Any]]) -> str:
     doubtful = [row for row in rows if not row["trusted"]]
     if not doubtful:
         return ""
-    causes = []
+    causes, words = [], []
     if (worst := max(row["disagreement"] for row in doubtful)) > MOST_DISAGREEMENT:
         causes.append(f"times that must be equal differ by up to {worst:.1f}x")
     if (share := max(row["share_of_ideal"] or 0 for row in doubtful)) > MOST_SHARE:
         causes.append(f"a share of the ideal speedup is {share:.2f}")
     shortest = min(row["new_tokens"] for row in doubtful)
     if shortest < FEWEST_TOKENS:
-        return (
-            f"Texts of {shortest:.0f} new tokens on average are too short to time: do not trust "
-            "figures with a question mark. Ask for longer texts."
-        )
-    return (
-        f"This machine was probably busy ({' and '.join(causes)}): do not trust figures with a "
-        "question mark. Repeat on a quiet machine."
-    )
+        words.append(f"Texts of {shortest:.0f} new tokens on average are too short to time.")
+    if causes:
+        words.append(f"This machine was probably busy ({' and '.join(causes)}).")
+    return f"{' '.join(words)} Do not trust figures with a question mark."

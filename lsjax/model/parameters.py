@@ -67,7 +67,7 @@ _BY_PATH = {parameter.path: parameter for parameter in PARAMETERS}
 _LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 # Caches, states and batches, by the end of their path; array names contain their axes.
 _ARRAYS = (
-    (r"(^|\.)head\.rows$", _TABLE),  # of DraftHead
+    (r"(^|\.)head\.rows(\.rows)?$", _TABLE),  # of DraftHead, and of int8 rows
     (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
     (r"(^|\.)cache\.", (P("data"),)),  # of other models, [B, ...]
     (r"_BT$", (P(ROWS),)),  # of training

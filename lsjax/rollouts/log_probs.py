@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig, check
 from lsjax.model.llama import Llama, stacked
+from lsjax.sharding import context_shards
 from lsjax.training.early_exit import ExitLoss, divergence
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import drop_rates
@@ -55,11 +56,14 @@ def rollout_exit_loss(
     """Mean loss of some exits over the new tokens, to add to an RL loss: it keeps drafts good while
     the policy moves. By default the divergence from the last exit, which gets no gradient.
 
-    Other arguments as of `token_log_probs`. Raises ConfigError for an exit out of range.
+    exits: in ascending order. exit_loss: its `exit`, if it takes one, is the index in `exits`, plus
+    1. Other arguments as of `token_log_probs`. Raises ConfigError for an exit out of range.
     """
     last = model.config.num_layers
+    check(bool(exits), "exits is empty: name at least one exit")
     for exit_layer in exits:
         check(1 <= exit_layer < last, f"exit {exit_layer} is out of range: use 1..{last - 1}")
+    check(list(exits) == sorted({*exits}), f"exits {list(exits)} must ascend, each once")
     batch = as_batch(prompts_RP, prompt_mask_RP, tokens_RT, mask_RT)
     x_EBTD = states_after(model, batch, [*exits, last])
     # A state predicts the next token. The prompt's last state predicts the first new one.
@@ -91,6 +95,7 @@ def states_after(
 ) -> Float[Array, "E B T D"]:
     """States after exits, the last one last. batch: tokens_BT, positions_BT, and segments_BT, which
     are 0 in padding. model: stacked or not."""
+    check(context_shards() == 1, "rollouts need a mesh with context 1: give the axis to data")
     given = jnp.int32(0), jnp.arange(len(batch["tokens_BT"])), jnp.array(exits) - 1, drop_rates
     return exit_states(StepConfig(num_steps=1), stacked(model), batch, *given)
 

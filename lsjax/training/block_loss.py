@@ -65,9 +65,8 @@ def block_objective(
 ) -> tuple[Float[Array, ""], Float[Array, " L"]]:
     """Mean loss of the blocks over some rows, and the summed loss of each exit with a block.
 
-    batch: may have `exit_states_BETD`, `likely_ids_BTK` and `likely_log_probs_BTK` of
-    `KeptStates`. draft_ids_W: tokens that the blocks may draft; all by default. Other arguments as
-    of `objective`.
+    batch: may have the arrays of kept_states.py. draft_ids_W: tokens that the blocks may draft; all
+    by default. Other arguments as of `objective`.
     """
     model = cast_matrices(model, config.dtype)
     if "exit_states_BETD" in batch:

@@ -26,6 +26,7 @@ from lsjax.model.exit_blocks import block_exits
 from lsjax.model.llama import Llama
 from lsjax.model.matrices import cast_matrices
 from lsjax.platforms import with_kernels
+from lsjax.sharding import context_shards
 from lsjax.terminal import SafeConsole
 from lsjax.training.block_loss import drafting_head, frozen_states
 
@@ -50,11 +51,12 @@ def keep_states(
     """Adds the model's states to the batches of the pipeline; computes missing ones first.
 
     base: fingerprint of the model. place: puts a batch on its devices. Raises ConfigError for a run
-    of several processes.
+    of several processes, and for rows whose positions are sharded.
     """
     check(
-        jax.process_count() == 1,
-        "exit_blocks.keep_states needs a run of one process: start one, or leave it out",
+        jax.process_count() == 1 and context_shards() == 1,
+        "exit_blocks.keep_states needs one process and mesh.context 1: choose these, or leave it "
+        "out",
     )
     rows, compute = pipeline.rows, jax.jit(partial(states_and_tokens, config))
     padding = place(rows.read(np.full(pipeline.batch_size, -1)))
@@ -68,7 +70,8 @@ def keep_states(
     each, total = max(1, FILE_BYTES // layout.itemsize), len(rows)
     sizes = np.array([min(each, total - first) for first in range(0, total, each)])
     records = Records(cache / "states" / name, "states", layout, sizes)
-    missing = [number for number in range(len(sizes)) if not records.file(number).exists()]
+    whole = [int(size) * layout.itemsize for size in sizes]
+    missing = [number for number, size in enumerate(whole) if size_of(records.file(number)) != size]
     if missing:
         gigabytes = total * layout.itemsize / 1e9
         say(f"computes states of {total} rows once: {gigabytes:.2f} GB in {records.directory}")
@@ -90,6 +93,11 @@ def keep_states(
         for number in progress.track(missing, description="states of the exits"):
             write_whole(records.file(number), make(number))
     pipeline.beside(partial(read_states, records))
+
+
+def size_of(file: AnyPath) -> int | None:
+    """Bytes of a file, or None without one."""
+    return file.stat().st_size if file.exists() else None
 
 
 def read_states(records: Records, numbers: np.ndarray) -> dict[str, np.ndarray]:

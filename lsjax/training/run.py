@@ -104,7 +104,7 @@ def train_run(
                 say(f"all {first} steps are done: nothing to do")
                 return state
         if config.exit_blocks.keep_states:
-            base = read_json(run.workdir / BASE, ConfigError)["float32"]
+            base = read_json(run.workdir / BASE, ConfigError).get("float32", "")
             where = dict(place=run.place, cache=cache_directory())
             keep_states(config, run.pipeline, state.model, base, drafted, **where, say=say)
         directory = run.workdir if is_first() else None

@@ -22,7 +22,7 @@ from lsjax.model.matrices import cast_matrices
 from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.platforms import with_kernels
 from lsjax.sharding import ROWS, split_rows
-from lsjax.training.block_loss import block_objective
+from lsjax.training.block_loss import block_objective, drafted_labels
 from lsjax.training.early_exit import ExitLoss, ExitWeights, exit_weights
 from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.loss import objective
@@ -176,13 +176,14 @@ def make_train_step(
         "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
     )
     config.exit_blocks.check_ids(draft_ids)
+    draft_ids = None if draft_ids is None else jnp.asarray(draft_ids)
     recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
     moves = optax.with_extra_args_support(optimizer or adamw(config.optimizer, config.num_steps))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         recipe.check(config, state.model.config.num_layers)
-        num_labels = (batch["labels_BT"] >= 0).sum()
+        num_labels = (drafted_labels(batch["labels_BT"], draft_ids) >= 0).sum()
         with with_kernels(config.kernels):
             given = config, recipe, state, batch, num_labels, draft_ids
             (loss, sums_L), gradients = loss_and_gradients(*given)
@@ -257,7 +258,7 @@ def loss_and_gradients(
     state: TrainState,
     batch: Batch,
     num_labels: Int[Array, ""],
-    draft_ids: Int[ArrayLike, " W"] | None,
+    draft_ids: Int[Array, " W"] | None,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, " L"]], Llama]:
     """(loss, per-exit sums) and gradients of the trained parameters, over all micro-batches."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
@@ -268,8 +269,7 @@ def loss_and_gradients(
         model = joined(trained, frozen)
         given = config, model, part, state.step
         if config.exit_blocks.exits:
-            ids_W = None if draft_ids is None else jnp.asarray(draft_ids)
-            return block_objective(*given, num_labels, recipe.exit_loss, ids_W)
+            return block_objective(*given, num_labels, recipe.exit_loss, draft_ids)
         return objective(*given, rows_B, num_labels, recipe)
 
     one = partial(jax.value_and_grad(loss, has_aux=True), trained)

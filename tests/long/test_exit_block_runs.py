@@ -45,7 +45,8 @@ def folder(tmp_path_factory, tokenizer):
 
 def train(root, workdir, *flags, base="base"):
     given = ["--config", "configs/exit_blocks.py", "--workdir", str(workdir)]
-    given += ["--init-from", str(root / base), "--data.tokenizer", str(root / base)]
+    base = root / base
+    given += ["--init-from", str(base), "--data.tokenizer", str(base)]
     given += ["--data.source", "text", "--data.paths", str(root / "text.txt")]
     given += ["--data.separator", "blank_line"]
     given += ["--data.prompt-template", "", "--data.response-template", ""]
@@ -170,9 +171,9 @@ def test_kept_states_train_the_same_blocks(folder, capsys, tmp_path, monkeypatch
     outputs = []
     for run, flags in zip(runs, (few, kept, kept, kept), strict=True):
         if run.name == "lost":
-            first, *others = sorted((tmp_path / "cache" / "states").glob("*/*.states"))
-            assert others
+            first, second, *_ = sorted((tmp_path / "cache" / "states").glob("*/*.states"))
             first.unlink()
+            second.write_bytes(second.read_bytes()[:-1])
         assert train(folder, run, *flags) == 0
         outputs.append(capsys.readouterr().out)
     said = ["computes states of" in output for output in outputs]
@@ -204,9 +205,45 @@ def test_blocks_hang_off_a_model_that_has_moved(folder, capsys, tmp_path):
             lsjax.load(given, exit_blocks=blocks)
 
 
+def test_a_base_may_have_blocks_of_its_own(folder, tmp_path):
+    """These are not part of what the new ones hang off."""
+    assert train(folder, tmp_path / "run", base="run") == 0
+    found = lsjax.load(tmp_path / "run")
+    plain = named_leaves(lsjax.load(folder / "base"))
+    own = named_leaves(without_exit_blocks(found))
+    assert own.keys() == plain.keys() and sorted(found.exit_blocks) == ["1", "2"]
+    assert lsjax.load(folder / "run", exit_blocks=tmp_path / "run").exit_blocks
+
+
+def test_a_base_of_int8(folder, tmp_path):
+    """Blocks train on what the integers stand for, and hang off both forms of the file."""
+    small = jax.jit(lsjax.with_int8)(lsjax.load(folder / "base"))
+    lsjax.save(small, tmp_path / "small", tokenizer=lsjax.load_tokenizer(folder / "base"))
+    assert train(folder, tmp_path / "run", base=str(tmp_path / "small")) == 0
+    for weights in ("float", "int8"):
+        given = dict(exit_blocks=tmp_path / "run", weights=weights)
+        assert lsjax.load(tmp_path / "small", **given).exit_blocks
+    with pytest.raises(lsjax.CheckpointError, match="is not the model that the exit blocks"):
+        lsjax.load(folder / "base", exit_blocks=tmp_path / "run")
+
+
+def test_blocks_without_counts(folder, tmp_path, capsys):
+    """Their draft vocabulary is the default of every strategy. Without counts it is refused."""
+    run = tmp_path / "few"
+    assert train(folder, run, "--exit-blocks.draft-vocab", "20") == 0
+    flags = "--strategy", "self_speculative", "--exit-layer", "1", "--num-draft-tokens", "2"
+    assert tokens(capsys, tmp_path, run, *flags)["draft_vocab"] == 20
+    assert tokens(capsys, tmp_path, run)["draft_vocab"] == 20
+    (run / "token_counts.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        program("decode")(["--model", str(run), "--prompt", "1"])
+    assert end.value.code == 2 and "needs token counts" in capsys.readouterr().err
+
+
 def test_the_best_step_is_that_of_the_blocks(folder):
     rows = [row for row in read_metrics(folder / "run") if row["kind"] == "evaluation"]
-    losses = {row["step"]: (row["loss_E"][0] + row["loss_E"][1]) / 2 for row in rows}
+    losses = {row["step"]: 1 - sum(row["agreement_E"][:2]) / 2 for row in rows}
     assert held_out_losses(folder / "run") == pytest.approx(losses)
 
 

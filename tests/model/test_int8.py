@@ -154,21 +154,26 @@ def test_rounded_drafts_leave_the_text_as_it_is(plain, exits):
     model, prompts = with_exit_blocks(plain, exits), ["hello", "abc"]
     few = lsjax.DraftVocabulary(np.arange(0, 256, 2, dtype=np.int32), is_int8=True)
     every = lsjax.DraftVocabulary.every(plain.vocab_size)
-    texts, accepted = [], []
-    for strategy in (
+    strategies = [
         lsjax.Autoregressive(),
         lsjax.SelfSpeculative(2, 3, every),
         lsjax.SelfSpeculative(2, 3, few),
         lsjax.Adaptive((1, 2), every),
-        Int8Drafts(2, 3),
-        Int8Drafts(2, 3, few, draft_confidence=0.01),
-    ):
+    ]
+    if not exits:  # blocks draft from exact states
+        strategies += [Int8Drafts(2, 3), Int8Drafts(2, 3, few, draft_confidence=0.01)]
+    texts, accepted = [], []
+    for strategy in strategies:
         engine = lsjax.Engine(model, ByteTokenizer(), strategy, batch_size=2, ignore_end=True)
         done = engine.generate(prompts, max_new_tokens=40)
         texts.append([one.token_ids for one in done])
         accepted.append(sum(one.accepted for one in done))
     assert all(text == texts[0] for text in texts)
-    assert accepted[1] > 0 and accepted[4] > 0
+    assert accepted[1] > 0 and (exits or accepted[4] > 0)
+    if exits:
+        engine.use(Int8Drafts(2, 3))
+        with pytest.raises(lsjax.ConfigError, match="exit 2 has an exit block"):
+            engine.generate(prompts)
 
 
 @pytest.mark.long

@@ -4,9 +4,9 @@
     lsjax answers --model PATH --chat --num-prompts 2000 --output answers
 
 Without a file, a chat model writes the prompts too: its chat template ends where the user would
-write. The directory --output gets prompts.jsonl (prompts that the model wrote), answers.jsonl (an
-object with "prompt" and "text" on each line) and asked.json (the settings). The same command
-resumes a killed one. More prompts add answers.
+write. The directory --output gets three files. prompts.jsonl has the prompts that the model wrote.
+answers.jsonl has an object with "prompt" and "text" on each line. asked.json has the settings. The
+same command resumes a killed one. More prompts add answers.
 """
 
 from dataclasses import dataclass

@@ -27,8 +27,8 @@ class ModelFlags(Checked, prefix="--"):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     weights: Weights = "float"
-    """Matrices and head: float as they are, or int8 with a scale for each output channel, which
-    takes half the memory of bfloat16 and other texts. On CPUs int8 saves memory, not time."""
+    """Matrices and head: float as they are, or int8 with a scale for each output channel. int8
+    takes half the memory of bfloat16. The texts then differ. On CPUs it saves no time."""
     max_length: int | None = None
     """Maximum tokens, prompt plus new text; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
