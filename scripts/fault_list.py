@@ -87,8 +87,8 @@ FROM_DOCS = (
     Fault(
         "log-probabilities after penalties",
         "decoding/acceptance.py",
-        "log_probs_BT = state.log_probs(logits_BTV, tokens_BT)",
-        "log_probs_BT = state.log_probs(changed_BTV, tokens_BT)",
+        "log_probs_BT = state.log_probs(logits_BTV, changed_BTV, tokens_BT)",
+        "log_probs_BT = state.log_probs(changed_BTV, changed_BTV, tokens_BT)",
         "tests/decoding/test_penalties.py",
     ),
     Fault(
@@ -137,8 +137,8 @@ FROM_DOCS = (
     Fault(
         "all hosts read the first rows",
         "data/pipeline.py",
-        "rows.read(numbers_B[own_B])",
-        "rows.read(numbers_B[: len(own_B)])",
+        "reader(numbers_B[own_B])",
+        "reader(numbers_B[: len(own_B)])",
         "tests/data/test_pipeline.py",
     ),
     Fault(
@@ -182,9 +182,8 @@ FROM_CODE = (
     Fault(
         "unscaled micro-batch",
         "training/step.py",
-        "given = config, model, part, state.step, rows_B, num_labels",
-        "own = (part['labels_BT'] >= 0).sum()\n"
-        "        given = config, model, part, state.step, rows_B, own",
+        "return objective(*given, rows_B, num_labels, recipe)",
+        "return objective(*given, rows_B, (part['labels_BT'] >= 0).sum(), recipe)",
         "tests/training/test_step.py",
     ),
     Fault(

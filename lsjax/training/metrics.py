@@ -46,7 +46,6 @@ class StepLine:
         self._num_steps, self._tokens = config.num_steps, math.prod(shape)
         beside = config.lora, config.exit_blocks
         self._flops, self._peak = step_flops(config.model, *shape, *beside), peak_flops
-        self._num_layers = config.model.num_layers
         self._seconds: float | None = None  # of a step, as a moving average
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
@@ -54,11 +53,11 @@ class StepLine:
         old = row["seconds"] if self._seconds is None else self._seconds
         self._seconds = old + WINDOW * (row["seconds"] - old)
         # Evenly spaced exits, if many are enabled.
+        name = "last_exit_loss" if "last_exit_loss" in row else "loss"  # of exit blocks
         pairs = list(zip(row["exits"], row["exit_losses"], strict=True))
-        pairs = [(exit, loss) for exit, loss in pairs if exit < self._num_layers]
+        pairs = pairs if name == "loss" else pairs[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
-        name = "last_exit_loss" if "last_exit_loss" in row else "loss"  # of exit blocks
         parts = [
             f"step {step}/{self._num_steps}",
             f"loss {float(row[name]):.3f}" + (f" (exits {exits})" if exits else ""),

@@ -258,7 +258,7 @@ def loss_and_gradients(
     state: TrainState,
     batch: Batch,
     num_labels: Int[Array, ""],
-    draft_ids: Int[Array, " W"] | None,
+    draft_ids: Int[Array, " W"] | None = None,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, " L"]], Llama]:
     """(loss, per-exit sums) and gradients of the trained parameters, over all micro-batches."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
