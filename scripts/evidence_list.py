@@ -7,6 +7,7 @@ Inputs are in the repository's folder:
     topv2           Human Annotated Data of google-research-datasets/Hinglish-TOP-Dataset
     python_doc      the unpacked package python3.13-doc of Debian
     question.jsonl  Spec-Bench's questions
+    wikitext2.txt   the validation set of WikiText-2
 """
 
 from dataclasses import dataclass
@@ -173,6 +174,15 @@ EXPERIMENTS = (
 |---|---|---|
 | Kangaroo (arXiv 2404.18911), Vicuna 7B | 2 of 32 | 1.68x |
 """,
+    ),
+    Experiment(
+        "int8",
+        "int8 weights",
+        "SmolLM2-135M as released and with int8 weights, on the same held-out text of WikiText-2. "
+        "The agreement is that with the last exit of the same weights.",
+        "--model smollm2 --text wikitext2.txt",
+        program="python scripts/int8_study.py",
+        needs=("smollm2", "wikitext2.txt"),
     ),
     Experiment(
         "grpo",
