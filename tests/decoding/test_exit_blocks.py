@@ -93,7 +93,7 @@ def test_a_block_that_is_the_last_layer_drafts_like_the_model(base, tokenizer):
 
 
 @pytest.mark.parametrize("feed_forward", [True, *long(False)])
-@pytest.mark.parametrize("name", ["static", "auto"])
+@pytest.mark.parametrize("name", ["static", *long("auto")])
 def test_the_cache_of_a_block_is_that_of_the_text(base, name, feed_forward):
     """After drafts, rejections, lookups and rounds without drafts, a block's keys and values equal
     those of one pass over the committed text."""

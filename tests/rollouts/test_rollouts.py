@@ -11,6 +11,7 @@ from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.model.llama import stacked, unstacked
 from lsjax.rollouts.engine import Rollouts, padded
 from lsjax.rollouts.log_probs import rollout_exit_loss, token_log_probs
+from tests.marks import long
 
 PROMPTS = ["hello", [1, 2, 3]]
 WARM = lsjax.Sampling(temperature=0.7, seed=5)
@@ -23,7 +24,7 @@ def policy(seed: int) -> lsjax.Llama:
 
 @pytest.fixture(scope="module")
 def rollouts() -> Rollouts:
-    return Rollouts(policy(0), ByteTokenizer(), lsjax.Adaptive((1,)), batch_size=2, pad_id=9)
+    return Rollouts(policy(0), ByteTokenizer(), lsjax.Autoregressive(), batch_size=2, pad_id=9)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_groups(batch):
         assert (batch.log_probs_RT[row, ~batch.mask_RT[row]] == 0).all()
 
 
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("sampled", [True, *long(False)])
 def test_log_probs_are_those_of_a_forward_pass(rollouts, sampled):
     """After the temperature, and before it. The reference has all logits of each text alone."""
     given = dict(group_size=2, max_new_tokens=12, sampling=WARM)
@@ -73,6 +74,7 @@ def test_log_probs_are_those_of_a_forward_pass(rollouts, sampled):
         np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_plain_logits(batch):
     model = stacked(policy(0))
     fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
@@ -93,6 +95,7 @@ def test_gradients_are_those_of_plain_logits(batch):
     )
 
 
+@pytest.mark.long
 def test_the_loss_of_exits_is_that_of_all_logits(batch):
     """KL(last exit || exit 1) over the new tokens. The last exit gets no gradient."""
     model = stacked(policy(0))
@@ -112,9 +115,11 @@ def test_the_loss_of_exits_is_that_of_all_logits(batch):
         rollout_exit_loss(model, [3], *some)
 
 
-def test_new_weights_need_no_new_program(rollouts):
+@pytest.mark.long
+def test_new_weights_need_no_new_program():
     """Greedy texts are those of autoregressive decoding with the new weights."""
-    other = policy(1)
+    other, drafts = policy(1), lsjax.Adaptive((1,))
+    rollouts = Rollouts(policy(0), ByteTokenizer(), drafts, batch_size=2)
     greedy = dict(max_new_tokens=10, sampling=lsjax.Sampling(temperature=0.0))
     before = rollouts.generate(PROMPTS, **greedy)
     compiled = rollouts.engine.programs.compile_seconds
@@ -123,7 +128,6 @@ def test_new_weights_need_no_new_program(rollouts):
     assert rollouts.engine.programs.compile_seconds == compiled
     plain = lsjax.Engine(other, ByteTokenizer()).generate(PROMPTS, max_new_tokens=10)
     assert found.texts == [one.text for one in plain] != before.texts
-    rollouts.use(policy(0))
 
 
 def test_bad_input(rollouts):

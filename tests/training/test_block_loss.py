@@ -43,6 +43,7 @@ from lsjax.training.block_loss import (
 from lsjax.training.early_exit import divergence
 from lsjax.training.head_loss import Head
 from lsjax.training.step import init_state, make_train_step
+from tests.marks import long
 
 E, B, T, D, V = 2, 3, 11, 6, 13
 CONFIG = StepConfig(
@@ -94,7 +95,7 @@ def plain(loss, head, x_EBTD, final_BTD, labels_BT):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("chunk", [4, 11])
+@pytest.mark.parametrize("chunk", [4, *long(11)])
 def test_chunks_equal_all_logits_at_once(monkeypatch, loss, chunk):
     """In float64: values and the gradient of the blocks' states. Some rows have few labels."""
     monkeypatch.setattr(block_loss, "loss_chunk", lambda *_: chunk)
@@ -220,6 +221,7 @@ def test_blocks_alone_are_trained(base):
     assert float(metrics["loss"]) == pytest.approx(last[:2].mean(), rel=1e-6)
 
 
+@pytest.mark.long
 def test_frozen_matrices_have_the_computations_dtype(base):
     """The blocks keep theirs. A step gives the same as one that casts all in each step."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")

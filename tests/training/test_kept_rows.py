@@ -102,6 +102,7 @@ def test_loss_and_gradients_are_those_of_the_same_masks(wide, eight_rows, rows, 
     assert_close(found, masked(wide, labelled(eight_rows, slice(-rows, None)), 3, rates_L, keep_LB))
 
 
+@pytest.mark.long
 def test_steps_with_rising_rates_and_accumulation(wide, eight_rows, monkeypatch):
     """One program for all rates; each micro-batch draws its own count and rows. Rates are float32,
     and their last bit depends on how they are compiled."""
