@@ -77,6 +77,7 @@ def test_texts_are_those_of_the_model_without_blocks(
     assert sum(one.drafted for one in found) > 0
 
 
+@pytest.mark.long
 def test_a_block_that_is_the_last_layer_drafts_like_the_model(base, tokenizer):
     """A copy of the layer above the last exit."""
     last = base.num_layers - 1

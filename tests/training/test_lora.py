@@ -223,6 +223,7 @@ def test_no_gradient_of_the_base_is_computed(base):
     assert flops(adapted) / flops(plain) < 0.76
 
 
+@pytest.mark.long
 def test_a_run_goes_on_and_is_an_ordinary_model(base, train_step, finetuned, tmp_path):
     begin_run(tmp_path, CONFIG, ByteTokenizer(add_bos=False))
     state = copied(finetuned)
