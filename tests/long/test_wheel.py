@@ -62,7 +62,8 @@ def test_its_modules_and_configurations_are_complete(run):
     code = (
         "import importlib, pkgutil, lsjax\n"
         "for one in pkgutil.walk_packages(lsjax.__path__, 'lsjax.'):\n"
-        "    if not one.name.endswith(('lm_eval', 'tunix', '__main__')): importlib.import_module(one.name)"
+        "    if not one.name.endswith(('lm_eval', 'tunix', '__main__')):\n"
+        "        importlib.import_module(one.name)"
     )
     run("python", "-c", code)
     for config in ROOT.glob("configs/*.py"):
