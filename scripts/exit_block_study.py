@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import tyro
 from evidence_list import TABLE
-from proofs.mixed_prompts import kinds_of_prompts
+from proofs.mixed_prompts import Arguments as Prompts, kinds_of_prompts
 
 import lsjax
 from lsjax.checkpoints.run import read_metrics
@@ -43,17 +42,9 @@ DRAFTS = 4  # of a round, when acceptance is counted
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What to train and to measure."""
+class Arguments(Prompts):
+    """What to train and to measure. The output gets answers, runs and figures."""
 
-    spec_bench: Path
-    """Spec-Bench's question.jsonl."""
-    topv2: Path
-    """A .tsv file of TOPv2 with requests in the column en_query."""
-    code: Path
-    """A .jsonl file with pieces of code as "prompt"."""
-    output: Path
-    """Folder of answers, runs and figures."""
     model: str = "smollm2"
     """The model, as it was released."""
     answers: tuple[int, ...] = (1_000, 3_000, 9_000)
@@ -123,10 +114,9 @@ def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
     vocabulary = lsjax.DraftVocabulary.most_frequent(
         counts, arguments.draft_vocab, model.vocab_size
     )
-    given = Namespace(**vars(arguments))
     found: dict[str, Any] = {"tokens": counts.total(), "losses": read_metrics(run)[-1]}
     for kind in KINDS:
-        texts = [tokenizer.encode(text) for text in kinds_of_prompts(given)[kind]]
+        texts = [tokenizer.encode(text) for text in kinds_of_prompts(arguments)[kind]]
         found[kind] = {
             "acceptance": accepted(arguments, model, tokenizer, vocabulary, texts),
             "seconds": seconds(arguments, model, tokenizer, vocabulary, texts),

@@ -74,7 +74,7 @@ class Arguments:
     batch_size: int = 16
     """Rows that decode side by side."""
     learning_rate: float = 1e-4
-    """Of Adam."""
+    """Learning rate of Adam."""
     every: int = 20
     """Steps between two counts of acceptance."""
 

@@ -41,7 +41,7 @@ def train_step(config: TrainConfig, mesh: Mesh, recipe: Recipe = PAPER) -> tuple
     """The step of train.py and the trips of its loops. Every position is labelled, and the number
     of enabled exits is the run's average."""
     check_rows(config, mesh)
-    state, batch = abstract_state(config, mesh, recipe.optimizer), _batch(config, mesh)
+    state, batch = abstract_state(config, mesh, recipe.optimizer), batch_shapes(config, mesh)
     rows, drafted = config.batch_size // config.micro_batches, config.exit_blocks.draft_vocab
     ids = None if drafted is None else np.arange(drafted)
     with jax.set_mesh(mesh), with_kernels(config.kernels):
@@ -64,7 +64,7 @@ def evaluation(config: TrainConfig, mesh: Mesh, score: Wrapped) -> tuple[Lowered
     """The program with which train.py scores every exit on a batch; score: `exit_sums` of
     lsjax/evaluation. The program states the trips of all its loops."""
     check_rows(config, mesh)
-    model, batch = abstract_state(config, mesh).model, _batch(config, mesh)
+    model, batch = abstract_state(config, mesh).model, batch_shapes(config, mesh)
     names = ("dtype", "micro_batches", "attention", "kernels")
     with jax.set_mesh(mesh):
         return score.lower(model, batch, **{name: getattr(config, name) for name in names}), {}
@@ -154,7 +154,8 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     }
 
 
-def _batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a step's batch, with shardings."""
     shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     names = ("tokens_BT", "labels_BT", "segments_BT", "positions_BT")
     return placed_shapes({name: shape for name in names}, mesh)

@@ -1,4 +1,4 @@
-"""Writes a model's own answers to prompts, and the prompts too if there are none."""
+"""Writes a model's own answers to prompts. Without a file, the model writes the prompts too."""
 
 import json
 from collections import Counter

@@ -8,7 +8,6 @@ order. It continues across epochs, so its state is the number of rows taken.
         another's [2, 3]:       r2 r3 |       r6 r7 | ...
 """
 
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -84,11 +83,13 @@ class Pipeline:
         readers, own_B = [self.rows.read, *self._beside], self._own_B
 
         def read(numbers_B: np.ndarray) -> dict[str, np.ndarray]:
-            return dict(ChainMap(*(reader(numbers_B[own_B]) for reader in readers)))
+            batch: dict[str, np.ndarray] = {}
+            for reader in readers:
+                batch |= reader(numbers_B[own_B])
+            return batch
 
         batches = self._order[self._taken :].batch(self.batch_size, drop_remainder=True)
-        reader = batches.map(read)
-        self._batches = iter(reader.to_iter_dataset(PREFETCH))
+        self._batches = iter(batches.map(read).to_iter_dataset(PREFETCH))
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,8 @@ def states_after(
     """States after exits, the last one last. batch: tokens_BT, positions_BT, and segments_BT, which
     are 0 in padding. model: stacked or not."""
     check(context_shards() == 1, "rollouts need a mesh with context 1: give the axis to data")
-    given = jnp.int32(0), jnp.arange(len(batch["tokens_BT"])), jnp.array(exits) - 1, drop_rates
+    layer_E = jnp.array([exit_layer - 1 for exit_layer in exits])
+    given = jnp.int32(0), jnp.arange(len(batch["tokens_BT"])), layer_E, drop_rates
     return exit_states(StepConfig(num_steps=1), stacked(model), batch, *given)
 
 

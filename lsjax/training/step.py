@@ -176,16 +176,16 @@ def make_train_step(
         "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
     )
     config.exit_blocks.check_ids(draft_ids)
-    draft_ids = None if draft_ids is None else jnp.asarray(draft_ids)
     recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
     moves = optax.with_extra_args_support(optimizer or adamw(config.optimizer, config.num_steps))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         recipe.check(config, state.model.config.num_layers)
-        num_labels = (drafted_labels(batch["labels_BT"], draft_ids) >= 0).sum()
+        ids_W = None if draft_ids is None else jnp.asarray(draft_ids)
+        num_labels = (drafted_labels(batch["labels_BT"], ids_W) >= 0).sum()
         with with_kernels(config.kernels):
-            given = config, recipe, state, batch, num_labels, draft_ids
+            given = config, recipe, state, batch, num_labels, ids_W
             (loss, sums_L), gradients = loss_and_gradients(*given)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
