@@ -32,8 +32,8 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
 from lsjax.config import check
+from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.strategy import Strategy

@@ -25,11 +25,21 @@ ROUND = "--programs decode --decoding.strategy self_speculative"
 AUTO = "--programs decode --decoding.strategy auto"
 PROMPT = "--programs prefill --model.num-layers 8 --decoding.prompt-tokens 8000"
 TRAIN = "--programs train"
+INT8 = f"{TOKEN} --decoding.batch-size 1 8 --decoding.weights int8"
 # Name of a program, slice, and flags.
 PROGRAMS = (
     ("7B, token", "v5e:2x2", f"{LLAMA2_7B} {TOKEN} --decoding.batch-size 1 8"),
     ("7B, round (8, 4)", "v5e:2x2", f"{LLAMA2_7B} {ROUND} --decoding.batch-size 1 8"),
     ("7B, auto", "v5e:2x2", f"{LLAMA2_7B} {AUTO}"),
+    ("7B, token, int8", "v5e:2x2", f"{LLAMA2_7B} {INT8}"),
+    ("7B, token, int8", "v5e:1x1", f"{LLAMA2_7B} {INT8}"),
+    ("7B, token", "h100:1", f"{LLAMA2_7B} {TOKEN} --decoding.batch-size 1 8"),
+    ("7B, token, int8", "h100:1", f"{LLAMA2_7B} {INT8}"),
+    ("8B, token", "v5e:2x2", f"{LLAMA3_8B} {TOKEN} --decoding.batch-size 1 8"),
+    ("8B, token, int8", "v5e:2x2", f"{LLAMA3_8B} {INT8}"),
+    ("8B, token, int8", "v5e:1x1", f"{LLAMA3_8B} {INT8}"),
+    ("8B, token", "h100:1", f"{LLAMA3_8B} {TOKEN} --decoding.batch-size 1 8"),
+    ("8B, token, int8", "h100:1", f"{LLAMA3_8B} {INT8}"),
     (
         "8B, 16 layers, token",
         "v5e:2x2",
@@ -55,8 +65,8 @@ PROGRAMS = (
     ),
     ("0.6B, training", "v5e:8x8", f"--config configs/continual_qwen3_0_6b.py {TRAIN}"),
 )
-COLUMNS = ("program", "slice", "rows", "drafts", "GiB", "ms", "over reads", "once per call, ms")
-COLUMNS += ("kernels", "plain FLOPs of peak", "seconds to compile")
+COLUMNS = ("program", "slice", "rows", "drafts", "GiB", "ms", "over reads", "bytes over reads")
+COLUMNS += ("once per call, ms", "kernels", "plain FLOPs of peak", "seconds to compile")
 
 
 @dataclass(frozen=True)
@@ -104,17 +114,18 @@ def row(name: str, report: dict, program: dict) -> list[str]:
     if program["memory"] is None:
         return [*place, "", "", "too large", *[""] * (len(COLUMNS) - 5)]
     ms, kind, training = 1e3 * program["serial_seconds"], program["round"], report["training"]
-    rows = drafts = over = once = useful = ""
+    rows = drafts = over = read = once = useful = ""
     if kind:
         reads = 1e3 * (kind["weights_seconds"] + kind["cache_seconds"])
         rows, drafts, over = str(kind["rows"]), str(kind["num_draft_tokens"]), f"{ms / reads:.2f}"
+        read = f"{1e3 * program['memory_seconds'] / reads:.2f}"
         once = f"{1e3 * kind['once_per_call']['serial_seconds']:.2f}"
     if program["name"] in ("train", "plain"):
         seconds = training["plain_flops"] / training["peak_flops"]
         useful = f"{seconds / program['serial_seconds']:.1%}"
     kernels, compiling = f"{program['operations']:.0f}", f"{program['compile_seconds']:.0f}"
     memory = f"{program['memory']['total'] / 2**30:.1f}"
-    return [*place, rows, drafts, memory, f"{ms:.2f}", over, once, kernels, useful, compiling]
+    return [*place, rows, drafts, memory, f"{ms:.2f}", over, read, once, kernels, useful, compiling]
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import lsjax
 from lsjax.checkpoints.run import read_metrics
 from lsjax.cli.answers import ANSWERS
 from lsjax.cli.setup import keep_compiled_programs
+from lsjax.data.token_counts import read_counts
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.vocabulary import read_counts
 from lsjax.evaluation.intervals import Estimate, from_samples, ratio
 from lsjax.io.files import write_json
 from lsjax.reporting.machine import made_on

@@ -198,6 +198,8 @@ def slice_of(topology: str, slices: int = 1) -> tuple[Chip, list[Any]]:
         options = {"topology": f"1x1x{part}", "target_config": chip.target}
     else:
         os.environ.update(LIBTPU_ENVIRONMENT | os.environ)
+        if slice_size(topology) == 1:  # on a host of its own, not on one of four
+            options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         found = topologies.get_topology_desc(platform=chip.platform, **options)
     except JaxRuntimeError as error:

@@ -26,8 +26,8 @@ from lsjax.checkpoints.tensors import (
 )
 from lsjax.config import AnyPath, LlamaConfig
 from lsjax.config.checked import from_json, without_version
+from lsjax.data.token_counts import COUNTS
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.vocabulary import COUNTS
 from lsjax.io.files import (
     WEIGHTS,
     local_copy,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -26,6 +25,7 @@ from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 Index = tuple[slice, ...]  # place of a shard in an array, one slice per axis
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # passes a sequence on, and may show progress
 Report = Callable[[str], None]  # shows a line
+AT_ONCE = 2**23  # values that are read together
 NOT_FINITE = "NaN, infinite or too large for {}: the file is damaged, or needs float32 or bfloat16"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
@@ -182,7 +182,7 @@ def read_parameter(
     """A parameter of the file on its devices. Raises CheckpointError as `parameter_reader` does."""
     read = parameter_reader(source, path, shape, dtype)
     if place is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, place, read)
 
 
@@ -202,10 +202,18 @@ def parameter_reader(
         taken = (range(size)[some] for size, some in zip(shape, index, strict=True))
         shard = shards[str(index)] = np.zeros([len(some) for some in taken], dtype)
         for part, tensor in parts:
-            view = part.view(shard)
-            with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
-                view[...] = tensor[part.slices(index, shape)].reshape(view.shape)
-            if bad := view.size - np.count_nonzero(np.isfinite(view)):
+            view, (rows, *columns) = part.view(shard), part.slices(index, shape)
+            inner, bad = (rows.stop - rows.start) // len(view), 0
+            # Few rows at a time: a head is not in memory twice.
+            size = max(1, AT_ONCE * len(view) // view.size)
+            for at in range(0, len(view), size):
+                some = view[at : at + size]
+                first = rows.start + at * inner
+                taken = slice(first, first + len(some) * inner), *columns
+                with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
+                    some[...] = tensor[taken].reshape(some.shape)
+                bad += some.size - np.count_nonzero(np.isfinite(some))
+            if bad:
                 where = f"{source.where(part.tensor)}: {bad} of {view.size} values are "
                 raise CheckpointError(where + NOT_FINITE.format(dtype.name))
         return shard

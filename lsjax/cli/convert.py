@@ -17,9 +17,9 @@ from lsjax.cli.flags.convert import Arguments
 from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import bar
 from lsjax.config import check
+from lsjax.data.token_counts import COUNTS
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.vocabulary import COUNTS
 from lsjax.decoding.cost import best_exit
 from lsjax.decoding.strategy import check_exit
 from lsjax.model.exit_model import first_layers

@@ -11,8 +11,8 @@ from lsjax.checkpoints import find_step
 from lsjax.cli.flags.count_tokens import Arguments
 from lsjax.cli.notes import notes_console
 from lsjax.config import AnyPath
+from lsjax.data.token_counts import cached_counts, count_tokens, write_counts
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 from lsjax.io.files import cache_directory
 from lsjax.io.rows import json_rows, read_lines
 from lsjax.terminal import SafeConsole

@@ -18,7 +18,7 @@ from lsjax.cli.notes import notes_console, summary
 from lsjax.cli.prompts import choose_requests, encode_requests
 from lsjax.cli.setup import check_output, waiting
 from lsjax.config import AnyPath, as_path, check
-from lsjax.data.vocabulary import add_written
+from lsjax.data.token_counts import add_written
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine

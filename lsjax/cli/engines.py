@@ -18,9 +18,9 @@ from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.flags.shared import ModelFlags, StrategyFlags
 from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs, waiting
 from lsjax.config import GREEDY, ConfigError, MeshConfig, Sampling, check
+from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft_vocabulary import DraftVocabulary

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from lsjax.config import check
-from lsjax.data.vocabulary import most_frequent
+from lsjax.data.token_counts import most_frequent
 from lsjax.model.int8 import Int8Rows
 from lsjax.model.protocol import DecoderModel, Sizes
 
@@ -42,7 +42,7 @@ class DraftVocabulary:
     def most_frequent(
         cls, counts: Mapping[int, int], size: int, vocab_size: int
     ) -> "DraftVocabulary":
-        """The `size` most frequent tokens (lsjax/data/vocabulary.py). Raises ConfigError for a
+        """The `size` most frequent tokens (lsjax/data/token_counts.py). Raises ConfigError for a
         size that is not in 1..vocab_size - 1."""
         _check_size(size, vocab_size)
         return cls(most_frequent(counts, size))

@@ -116,10 +116,16 @@ class EngineLM(TemplateLM):
         return self._score(texts, disable_tqdm)
 
     def _score(self, texts: Sequence, quiet: bool) -> list[tuple[float, bool]]:
-        options = {name: getattr(self.engine, name) for name in ("batch_size", "mesh", "kernels")}
-        track = partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet)
-        model = self.engine.model
-        return score_texts(model, texts, exit_layer=self.depth, track=track, **options)
+        runtime = self.engine.runtime
+        return score_texts(
+            runtime.model,
+            texts,
+            exit_layer=self.depth,
+            batch_size=runtime.batch_size,
+            mesh=runtime.mesh,
+            kernels=runtime.kernels,
+            track=partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet),
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The engine's texts, each up to the first of its `until` strings.

@@ -31,9 +31,10 @@ from lsjax.config import AnyPath, EvaluationConfig, LlamaConfig, MeshConfig, Tra
 from lsjax.config.checked import differences
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
 from lsjax.data.shards import SPLITS
+from lsjax.data.token_counts import COUNTS, write_counts
 from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
+from lsjax.data.vocabulary import make_tokenizer
 from lsjax.io.files import cache_directory, write_whole
 from lsjax.model.lora import num_adapter_params
 from lsjax.sharding import make_mesh, own_rows, placed_rows

@@ -20,7 +20,7 @@ from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.config.checked import versioned
-from lsjax.data.vocabulary import COUNTS, most_frequent, read_counts
+from lsjax.data.token_counts import COUNTS, most_frequent, read_counts
 from lsjax.io.files import cache_directory, read_json, write_json
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals

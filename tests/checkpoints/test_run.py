@@ -21,8 +21,8 @@ from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.cli import engines
 from lsjax.cli.flags.shared import ModelFlags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
+from lsjax.data.token_counts import COUNTS, find_counts
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.data.vocabulary import COUNTS, find_counts
 from lsjax.decoding.cost import best_exit
 from lsjax.training.step import init_state
 from tests.programs import program

@@ -6,8 +6,7 @@ from collections import Counter
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.data.vocabulary import (
+from lsjax.data.token_counts import (
     COUNTS,
     WRITTEN,
     add_written,
@@ -17,6 +16,7 @@ from lsjax.data.vocabulary import (
     read_counts,
     write_counts,
 )
+from lsjax.data.tokenizer_backends import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
