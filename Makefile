@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 evidence accelerator test test-all test-long test-tunix smoke lint docs parity peers lock clean
+.PHONY: quickstart smollm2 evidence accelerator test test-all test-long test-extras smoke lint docs parity peers lock clean
 
 # Trains with LayerSkip, decodes held-out prompts with the trained model, and writes a page about
 # it. Texts are sampled, since greedy texts of small models repeat themselves, and repetitions are
@@ -71,13 +71,13 @@ test-all: test test-long
 test-long: $(VENV)/installed
 	$(PYTEST) -m long
 
-# Rollouts inside Tunix, which installs in a minute beside the rest.
-$(VENV)/tunix: $(VENV)/installed
-	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[tunix]'
+# What needs Tunix or lm-evaluation-harness. Both install beside the rest in a minute or two.
+$(VENV)/extras: $(VENV)/installed
+	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[tunix,eval]'
 	touch $@
 
-test-tunix: $(VENV)/tunix
-	$(BIN)/python -m pytest tests/rollouts
+test-extras: $(VENV)/extras
+	$(PYTEST) tests/rollouts tests/evaluation/test_lm_eval.py tests/cli/test_lm_eval.py
 
 # A few minutes of tests from each room, for a Python that is not the newest.
 SMOKE = tests/config tests/data tests/training tests/model/test_llama.py \

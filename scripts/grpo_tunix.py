@@ -1,6 +1,6 @@
 """GRPO with Tunix on sums, with lsjax's rollouts. The policy is one of scripts/grpo_study.py.
 
-    make test-tunix   # installs Tunix
+    make test-extras   # installs Tunix
     python scripts/grpo_study.py --output build/evidence/grpo
     python scripts/grpo_tunix.py --model build/evidence/grpo/policy --steps 100
 

@@ -58,6 +58,7 @@ def test_bad_input(model_directory, refused, no_lm_eval, monkeypatch, options, w
     assert words in refused(main, *given, *tasks, *options)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # lm_eval starts git
 def test_tasks_run_with_every_strategy(model_directory, tmp_path, monkeypatch, capsys):
     """Three kinds of tasks; lm_eval's tables and files."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
