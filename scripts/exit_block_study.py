@@ -87,7 +87,7 @@ def make(arguments: Arguments, number: int) -> int:
         return 0
     model = arguments.model
     write = f"answers --model {model} --chat --num-prompts {number} --output {folder} "
-    write += f"--dtype {arguments.dtype}"
+    write += f"--batch-size 32 --dtype {arguments.dtype}"
     steps = 600 + number // 7
     train = f"train --config exit_blocks --workdir {run} --init-from {model} "
     train += f"--data.tokenizer {model} --data.paths {folder / ANSWERS} "

@@ -4,7 +4,8 @@
 
 A small model learns with LayerSkip to add numbers step by step, and not well. GRPO (Shao et al.,
 2024) then rewards right answers. Rollouts are autoregressive or speculative, with the exits' loss
-as a term of the RL loss or without. The same command resumes. Prints a table, and writes it for
+as a term of the RL loss or without. A model without LayerSkip drafts with exit blocks, which stay
+as they are while the model learns. The same command resumes. Prints a table, and writes it for
 scripts/results.py, with a picture.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +43,38 @@ import matplotlib.pyplot as plt
 EXITS = (1, 2)
 # The policy's training: the quickstart's recipe on a smaller shape and on sums.
 TRAINING = """
-    train --config quickstart --data.source jsonl --data.tokenizer bytes
-    --data.prompt-template {prompt} --data.response-template {text} --model.vocab-size 258
-    --model.num-layers 8 --model.hidden-size 192 --model.intermediate-size 512 --model.num-heads 3
-    --model.num-kv-heads 1 --early-exit.exits 1 2 --batch-size 16 --seq-len 128
+    --config quickstart --model.vocab-size 258 --model.num-layers 8 --model.hidden-size 192
+    --model.intermediate-size 512 --model.num-heads 3 --model.num-kv-heads 1
 """
-# Strategy of the rollouts, and weight of the exits' loss.
-VARIANTS = {
-    "autoregressive": (lsjax.Autoregressive(), 0.0),
-    "speculative": (lsjax.Adaptive(EXITS), 0.0),
-    "speculative, exit loss": (lsjax.Adaptive(EXITS), 0.1),
+WITHOUT = "--layer-dropout.p-max 0 --early-exit.curriculum none --early-exit.exits"
+# Training of the models before GRPO, by the names of their runs.
+MODELS = {
+    "policy": f"{TRAINING} --early-exit.exits 1 2",
+    "without": f"{TRAINING} {WITHOUT}",
+    "blocks": "--config exit_blocks --init-from {folder}/without --exit-blocks.exits 1 2",
 }
+DATA = """
+    --data.source jsonl --data.tokenizer bytes --data.prompt-template {{prompt}}
+    --data.response-template {{text}} --data.paths {folder}/sums.jsonl --batch-size 16
+    --seq-len 128 --num-steps {steps} --workdir {folder}/{name}
+"""
+
+
+class Variant(NamedTuple):
+    """How the texts of a training are made, and what is trained."""
+
+    strategy: lsjax.Autoregressive | lsjax.Adaptive = lsjax.Adaptive(EXITS)
+    exit_weight: float = 0.0  # of the exits' loss
+    model: str = "policy"
+
+
+VARIANTS = {
+    "autoregressive": Variant(lsjax.Autoregressive()),
+    "speculative": Variant(),
+    "speculative, exit loss": Variant(exit_weight=0.1),
+    "speculative, exit blocks": Variant(model="blocks"),
+}
+REPEATED = ("autoregressive", "speculative")  # with each seed
 
 
 @dataclass(frozen=True)
@@ -102,20 +124,21 @@ def main(arguments: Arguments) -> int:
     keep_compiled_programs()
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    data, policy = folder / "sums.jsonl", folder / "policy"
     pairs = sums(0)
     rows = [dict(zip(("prompt", "text"), next(pairs), strict=True)) for _ in range(20_000)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = f"{TRAINING} --workdir {policy} --data.paths {data} --num-steps {arguments.pretraining}"
-    code = subprocess.run([sys.executable, "-m", "lsjax", *flags.split()]).returncode
-    if code:
-        return code
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, flags in MODELS.items():
+        words = f"train {flags} {DATA}"
+        words = words.format(folder=folder, steps=arguments.pretraining, name=name).split()
+        code = subprocess.run([sys.executable, "-m", "lsjax", *words]).returncode
+        if code:
+            return code
     for name in VARIANTS:
-        for seed in arguments.seeds if "exit loss" not in name else arguments.seeds[:1]:
+        for seed in arguments.seeds if name in REPEATED else arguments.seeds[:1]:
             file = file_of(arguments, name, seed)
             if not file.exists():
                 print(f"{name}, seed {seed}", flush=True)
-                write_json(file, trained(arguments, policy, name, seed))
+                write_json(file, trained(arguments, name, seed))
     draw(arguments)
     lines = [*table(rows_of(arguments)), "", *table([("measured on", ""), *made_on().items()])]
     (folder / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
@@ -128,10 +151,11 @@ def file_of(arguments: Arguments, name: str, seed: int) -> Path:
     return arguments.output / f"{name.replace(',', '').replace(' ', '_')}-{seed}.json"
 
 
-def trained(arguments: Arguments, path: Path, name: str, seed: int) -> list[dict[str, Any]]:
-    """A row of figures for each step of GRPO."""
-    (strategy, exit_weight), tokenizer = VARIANTS[name], lsjax.load_tokenizer(path)
-    policy = lsjax.stacked(lsjax.load(path))
+def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
+    """A row of figures for each step of GRPO. Blocks get no gradient, so they stay."""
+    (strategy, exit_weight, model), path = VARIANTS[name], arguments.output
+    tokenizer = lsjax.load_tokenizer(path / "policy")
+    policy = lsjax.stacked(lsjax.load(path / model))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(arguments.learning_rate))
     state, rows = optimizer.init(policy), []
     update = jax.jit(partial(updated, optimizer, exit_weight), donate_argnums=(0, 1))

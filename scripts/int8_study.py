@@ -51,7 +51,7 @@ class Arguments:
     """Tokens of the text that are scored."""
     exits: tuple[int, ...] = (8, 15)
     """Exits in the table, beside the last one."""
-    limit: int = 200
+    limit: int = 100
     """Documents of each task."""
     repeats: int = 5
     """Timed texts of each."""
