@@ -6,7 +6,8 @@ row 0      0 0 0 0 3 3 3 3        rounds run until a row ends; the next request 
 row 1      1 1 2 2 2 2 4 4  -> t  while the others wait for its prompt only
 
 The cache begins with room for the prompts. If a row has no room for another round, cache and
-buffers grow to the next capacity. The rows continue with the program for that capacity.
+buffers grow to the next capacity. The rows continue with the program for that capacity. Once no
+request waits, a batch can leave out its ended rows (`narrows`), half of the rows at a time.
 """
 
 import time
@@ -19,14 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.auto.measure import MEASURING
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.exit_outputs import exit_outputs
-from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
+from lsjax.decoding.loop_arguments import LoopArguments
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, keep_rows, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.runtime import Runtime
+from lsjax.decoding.runtime import Runtime, kind_of
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.protocol import Cache, has_draft_state
@@ -51,7 +53,8 @@ class ActiveRow:
 class ContinuousBatch:
     """Decodes requests, whose prompts are token ids, with one strategy.
 
-    stream: read the texts every few rounds. Other arguments: as for `Engine` and `Engine.watch`.
+    stream: read the texts every few rounds. encode: makes a request of what `add` is given. Other
+    arguments: as for `Engine` and `Engine.watch`.
     """
 
     def __init__(
@@ -63,11 +66,15 @@ class ContinuousBatch:
         *,
         ignore_end: bool = False,
         stream: bool = False,
+        narrows: bool = False,
+        encode: Callable[..., Request] = lambda request: request,
         conversation: Conversation | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ):
         self._runtime, self._strategy, self._tokenizer = runtime, strategy, tokenizer
-        self._requests, self._stream, self._cancelled = requests, stream, cancelled
+        self._stream, self._cancelled, self._encode = stream, cancelled, encode
+        self._requests, self._waiting = [*requests], deque(enumerate(requests))
+        self._narrows, self._width = narrows, runtime.batch_size
         self._depth = strategy.depth(runtime.model)
         self._loop, self._pause = partial(decode, strategy=strategy), runtime.pause_of(strategy)
         self._conversation = conversation or Conversation()
@@ -86,11 +93,36 @@ class ContinuousBatch:
         self._create = partial(DecodeState.create, **options)
         self._state: DecodeState | None = None
         self._prepare(runtime.capacity(longest, strategy))
-        served = [replace(one, stop_ids=(*ends, *one.stop_ids)) for one in requests]
-        self._arguments = self._known_arguments(longest, total, served)
+        self._ends = ends
+        self._arguments = LoopArguments(runtime, strategy, requests, self._served(requests))
         if not self._is_single:
             rows, capacity = runtime.batch_size, runtime.capacity(longest, strategy)
             self._state = self._rows_of([FILLER] * rows, self._new_cache(rows, capacity), capacity)
+
+    def add(self, *given: Any, **options: Any) -> int:
+        """Adds a request while others run, and returns its index in the updates. An engine's batch
+        takes a prompt and the fields of `Request`.
+
+        Raises ConfigError as `Engine.generate` does, and if no running program decodes the request.
+        """
+        request = self._encode(*given, **options)
+        runtime, strategy = self._runtime, self._strategy
+        new, known = self._served([request]), self._served(self._requests)
+        check(
+            kind_of([*known, *new]) == kind_of(known),
+            "a request that is added must have options that others of the batch have: sampling, "
+            "filters, penalties, log_probs and the number of stop ids",
+        )
+        check(bool(self._waiting or self._rows), "all texts of the batch have ended: make another")
+        length = len(request.prompt)
+        runtime.check_memory(1 + length, length + request.max_new_tokens, strategy)
+        self._requests.append(request)
+        self._waiting.append((len(self._requests) - 1, request))
+        return len(self._requests) - 1
+
+    def _served(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests with all ids that end their texts."""
+        return [replace(one, stop_ids=(*self._ends, *one.stop_ids)) for one in requests]
 
     def _rows_of(self, requests: Sequence[Request], cache: Cache, capacity: int) -> DecodeState:
         learned = self._strategy.first_guess(len(requests))
@@ -125,31 +157,15 @@ class ContinuousBatch:
         """Exits whose draft states are in the cache."""
         return self._strategy.exits if has_draft_state(self._runtime.model) else ()
 
-    def _known_arguments(
-        self, longest: int, total: int, served: Sequence[Request]
-    ) -> dict[int, Any]:
-        """The loop's arguments by slots. Known before the first text: none waits for timings. One
-        larger size is timed: each further one would compile another program."""
-        runtime, strategy = self._runtime, self._strategy
-        first = runtime.capacity(longest, strategy)
-        larger = runtime.capacity(first + 1, strategy)
-        sizes = {first, min(larger, runtime.capacity(total, strategy))}
-        if self._is_single:
-            lengths = (1 + len(request.prompt) for request in self._requests)
-            sizes |= {runtime.capacity(length, strategy) for length in lengths}
-        budget = MEASURING / len(sizes)
-        timed = partial(runtime.arguments, strategy, budget=budget, serves=served)
-        return {size: timed(size) for size in sorted(sizes)}
-
     def _new_cache(self, rows: int, capacity: int) -> Cache:
         return self._runtime.new_cache(rows, capacity, self._depth)
 
     def updates(self) -> Iterator[Update]:
         """Yields updates until all requests have ended."""
-        waiting, rows = deque(enumerate(self._requests)), self._runtime.batch_size
+        waiting = self._waiting
         try:
             while waiting or self._rows:
-                for row in range(rows):
+                for row in range(self._width):
                     if waiting and row not in self._rows:
                         self._admit(row, *waiting.popleft())
                 finish_B = np.array(self._state.finish_B)
@@ -158,7 +174,8 @@ class ContinuousBatch:
                         yield update
                 finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
                 self._state = replace(self._state, finish_B=finish_B)
-                if self._rows and (not waiting or len(self._rows) == rows):
+                if self._rows and (not waiting or len(self._rows) == self._width):
+                    self._narrow()
                     self._advance()
         finally:
             self._keep_cache()
@@ -176,13 +193,14 @@ class ContinuousBatch:
         if self._is_single:
             capacity = runtime.capacity(len(ids) + 1, self._strategy)
         else:
+            self._grow(len(ids) + 1)
             capacity = self._state.capacity
         taken = self._conversation.take(ids, capacity, depth, runtime.model, self._exits)
         cache, capacity, known = taken
         cache = self._new_cache(1, capacity) if cache is None else cache
         before, single = self._worked, self._rows_of([request], cache, capacity)
         # Compiled before a token is shown.
-        loop = self._loop, self._state or single, np.int32(0), self._arguments_for(capacity)
+        loop = self._loop, self._state or single, np.int32(0), self._arguments.of(capacity)
         runtime.programs.get(*loop)
         if self._pause:
             runtime.programs.get(self._pause, loop[1])
@@ -235,24 +253,39 @@ class ContinuousBatch:
     def _advance(self) -> None:
         """Runs rounds until a row ends, a read is due, or the strategy pauses. First grows the
         cache if needed."""
-        state, runtime, before = self._state, self._runtime, self._worked
-        longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
-        if longest + self._strategy.slack > state.capacity:
-            slots = runtime.capacity(longest, self._strategy)
-            larger = partial(grow, capacity=slots, depth=self._depth)
-            self._state = self._run(larger, state)
-        del state  # the smaller cache, before anything is compiled
+        runtime, before = self._runtime, self._worked
+        running_B = np.array(self._state.finish_B) == RUNNING
+        self._grow(int(np.array(self._state.length_B)[running_B].max()))
         reads = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_READ if reads else np.iinfo(np.int32).max)
-        arguments = self._arguments_for(self._state.capacity)
+        arguments = self._arguments.of(self._state.capacity)
         self._state = self._run(self._loop, self._state, rounds, arguments)
         if self._pause:
             self._state = self._run(self._pause, self._state)
         runtime.decode_seconds += self._worked - before
 
-    def _arguments_for(self, capacity: int) -> Any:
-        """The loop's arguments: those of the largest size up to `capacity`."""
-        return self._arguments[max(size for size in self._arguments if size <= capacity)]
+    def _grow(self, longest: int) -> None:
+        """Gives the rows more slots, if one of `longest` tokens lacks room for another round."""
+        if longest + self._strategy.slack > self._state.capacity:
+            slots = self._runtime.capacity(longest, self._strategy)
+            larger = partial(grow, capacity=slots, depth=self._depth)
+            self._state = self._run(larger, self._state)
+
+    def _narrow(self) -> None:
+        """Leaves ended rows out of the batch, if half of its rows or fewer still run and no request
+        waits."""
+        mesh, width = self._runtime.mesh, self._width
+        parts = 1 if mesh is None else mesh.shape["data"]
+        while width % (2 * parts) == 0 and width // 2 >= len(self._rows):
+            width //= 2
+        if not self._narrows or self._waiting or width == self._width:
+            return
+        running = sorted(self._rows)
+        ended = [row for row in range(self._width) if row not in self._rows]
+        kept_b = np.array([*running, *ended][:width], np.int32)
+        self._state = self._run(partial(keep_rows), self._state, kept_b)
+        self._rows, self._width = {new: self._rows[old] for new, old in enumerate(running)}, width
+        self._arguments.narrow(width, self._state.capacity)
 
     def _run(self, function: partial, *arguments) -> DecodeState:
         """Runs a function's program. Compiling it first does not count as work."""

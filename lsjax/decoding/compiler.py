@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from lsjax.config import Kernels, check
-from lsjax.decoding.programs import decode, grow, insert, pause, prefill, read_exits
+from lsjax.decoding.programs import decode, grow, insert, keep_rows, pause, prefill, read_exits
 from lsjax.decoding.state import DecodeState
 from lsjax.kernels.decoding import lays_out_weights
 from lsjax.model.parameters import shardings
@@ -26,6 +26,7 @@ NAMES = {
     prefill: "prompts",
     insert: "new rows",
     grow: "a larger cache",
+    keep_rows: "fewer rows",
     decode: "rounds",
     pause: "rounds without drafts",
     read_exits: "outputs of exits",
@@ -76,9 +77,9 @@ class Programs:
             self._lay_out()
 
     def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
-        """The program for arguments of these shapes. All but `grow` and `read_exits` consume the
-        state: its buffers are donated. Strategies are equal keywords of the function if their
-        `program` is equal."""
+        """The program for arguments of these shapes. All but `grow`, `keep_rows` and `read_exits`
+        consume the state: its buffers are donated. Strategies are equal keywords of the function if
+        their `program` is equal."""
         self.prepare((function, state, *rest))
         return partial(self._compiled[_key(function, state, *rest)], self._leaves)
 
@@ -125,7 +126,7 @@ class Programs:
                 state, *rest = jax.tree.map(_shape, (state, *rest))
             program = jax.jit(
                 run,
-                donate_argnums=() if called in (grow, read_exits) else 1,
+                donate_argnums=() if called in (grow, keep_rows, read_exits) else 1,
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
                 out_shardings=places,
             )

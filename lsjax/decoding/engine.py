@@ -26,6 +26,8 @@ class Engine:
     batch_size: rows that decode side by side; the next request takes an ended row at once.
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
     past the end of a text. min_length: tokens that a row's cache has room for from the start.
+    narrows: once no request waits, leave ended rows out, half of the batch at a time. Each number
+    of rows has programs of its own, so this is for engines that decode many batches.
     mesh: devices to decode on (lsjax/sharding.py). lay_out: let the compiler choose layouts of the
     weights on accelerators. If the caller keeps `model`, weights with a new layout are then in
     memory twice. kernels: "reference" uses no tuned code (docs/performance.md). track: wraps the
@@ -46,6 +48,7 @@ class Engine:
         max_length: int | None = None,
         ignore_end: bool = False,
         min_length: int = 0,
+        narrows: bool = False,
         mesh: Mesh | None = None,
         lay_out: bool = True,
         kernels: Kernels = "auto",
@@ -57,7 +60,7 @@ class Engine:
         self.tokenizer = tokenizer.fitted(model.vocab_size)
         self.batch_size = batch_size
         self.max_length = model.max_context if max_length is None else max_length
-        self.ignore_end = ignore_end
+        self.ignore_end, self.narrows = ignore_end, narrows
         self.runtime = Runtime(
             model,
             mesh,
@@ -115,16 +118,24 @@ class Engine:
 
         Raises ConfigError as `Request` and `encode_prompt` do.
         """
-        requests = []
-        for index, prompt in enumerate(prompts):
-            own = sampling.of_text(index)
-            requests.append(self._request(prompt, sampling=own, **options))
-        completions: list[Completion | None] = [None] * len(requests)
-        for update in self._batch(requests).updates() if requests else ():
+        completions: list[Completion | None] = [None] * len(prompts)
+        batch = self.batch(prompts, sampling=sampling, **options) if completions else None
+        for update in batch.updates() if batch else ():
             if update.completion is not None:
                 completions[update.index] = update.completion
                 on_completion(update.index, update.completion)
         return completions
+
+    def batch(
+        self, prompts: Sequence[Prompt], *, sampling: Sampling = GREEDY, **options
+    ) -> ContinuousBatch:
+        """A batch to which prompts can be added while others run, with `add`.
+
+        Its `updates` decode, and yield completions as texts end. Arguments as for `generate`.
+        """
+        seeds = [sampling.of_text(index) for index in range(len(prompts))]
+        pairs = zip(prompts, seeds, strict=True)
+        return self._batch([self._request(one, sampling=own, **options) for one, own in pairs])
 
     def stream(self, prompt: Prompt, **options) -> Iterator[str | Completion]:
         """Yields pieces of one prompt's new text, and at the end its Completion.
@@ -161,7 +172,8 @@ class Engine:
         yield from self._batch([request], **rest).updates()
 
     def _batch(self, requests: Sequence[Request], **options) -> ContinuousBatch:
-        options |= {"ignore_end": self.ignore_end}
+        own = dict(ignore_end=self.ignore_end, narrows=self.narrows, encode=self._request)
+        options |= own
         return ContinuousBatch(self.runtime, self.strategy, self.tokenizer, requests, **options)
 
     def _request(self, prompt: Prompt, **options) -> Request:

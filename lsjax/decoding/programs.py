@@ -73,6 +73,11 @@ def insert(
     )
 
 
+def keep_rows(model: DecoderModel, state: DecodeState, rows_b: Int[Array, " b"]) -> DecodeState:
+    """A batch of these rows alone, in this order."""
+    return jax.tree.map(lambda batch: jnp.take(batch, rows_b, axis=0), state)
+
+
 def grow(model: DecoderModel, state: DecodeState, *, capacity: int, depth: int) -> DecodeState:
     """The rows with more slots."""
     return state.grown(capacity, grow_cache(model, state.cache, capacity, depth))

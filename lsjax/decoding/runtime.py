@@ -98,18 +98,25 @@ class Runtime:
         return self._shapes[key]
 
     def arguments(
-        self, strategy: Strategy, capacity: int, budget: float, serves: Sequence[Request] = ()
+        self,
+        strategy: Strategy,
+        capacity: int,
+        budget: float,
+        serves: Sequence[Request] = (),
+        rows: int | None = None,
     ) -> Any:
         """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
         strategy include the seconds of its rounds. If these are neither given nor stored, they are
-        measured in `budget` seconds. serves: requests that the program can decode."""
+        measured in `budget` seconds. serves: requests that the program can decode. rows: of the
+        batch; all of them by default."""
         arguments = self.plain_arguments(strategy)
         if not isinstance(strategy, Adaptive) or strategy.seconds is not None:
             return arguments
-        key = strategy, capacity, kind_of(serves)
+        rows = rows or self.batch_size
+        key = strategy, rows, capacity, kind_of(serves)
         if key not in self._seconds:
             seconds_QJ = kept_seconds(
-                partial(self.stopwatch, strategy, self.batch_size, capacity, serves),
+                partial(self.stopwatch, strategy, rows, capacity, serves),
                 self._identity(*key),
                 arguments,
                 strategy,
@@ -151,14 +158,14 @@ class Runtime:
         with self.programs.context():
             return partial(pause, strategy=strategy) if strategy.pauses() else None
 
-    def _identity(self, strategy: Adaptive, capacity: int, kind: str) -> list[Any]:
+    def _identity(self, strategy: Adaptive, rows: int, capacity: int, kind: str) -> list[Any]:
         """All that the seconds of rounds depend on."""
         model, mesh = self.model, self.mesh
         sizes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(model)]
         devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
         kinds = [device.device_kind for device in devices]
         layout = None if mesh is None else dict(mesh.shape)
-        own = strategy.exits, strategy.lengths, strategy.draft_vocab, self.batch_size, capacity
+        own = strategy.exits, strategy.lengths, strategy.draft_vocab, rows, capacity
         if strategy.vocabulary is not None and strategy.vocabulary.is_int8:
             own = *own, "int8 head"
         form = str(getattr(model, "config", type(model).__name__)), sizes

@@ -538,7 +538,7 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
     monkeypatch.setattr(engine.programs, "prepare", lambda *calls: None)  # nothing is decoded here
     requests = [Request(prompt=(5,) * length, max_new_tokens=9000) for length in (5, 600)]
     batch = ContinuousBatch(engine.runtime, strategy, tokenizer, requests)
-    found = [batch._arguments_for(320 + 256 * n) for n in (0, 1, 3, 7, 15)]
+    found = [batch._arguments.of(320 + 256 * n) for n in (0, 1, 3, 7, 15)]
     timed = [int(one.seconds_QJ[0, 0]) for one in found]
     assert timed == [320, 320, 1088, 2112, 2112]
 

@@ -16,6 +16,7 @@ from flax import nnx
 from lsjax.checkpoints.huggingface import save
 from lsjax.cli.main import main
 from lsjax.config import GREEDY, ConfigError, LlamaConfig, MeshConfig, Sampling
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.compiler import Programs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -185,3 +186,18 @@ def test_scores(model):
 def test_engine_refuses_a_batch_that_the_data_axis_does_not_divide(model, tokenizer):
     with pytest.raises(ConfigError, match="batch size 6 is not a multiple of the mesh's data axis"):
         Engine(model, tokenizer, batch_size=6, mesh=make_mesh(DATA_AND_TENSOR))
+
+
+def test_ended_rows_leave_a_batch_on_a_mesh():
+    """Rows stay on their axis, which has at least one each."""
+    config = LlamaConfig.tiny(num_layers=3, init_std=0.2)
+    model = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    settings = dict(batch_size=4, ignore_end=True, mesh=mesh)
+    requests = [Request(prompt=[7, at], max_new_tokens=4 + 9 * at) for at in range(5)]
+    engines = (
+        Engine(model, ByteTokenizer(), SelfSpeculative(1, 3), **settings, narrows=narrows)
+        for narrows in (False, True)
+    )
+    one, other = ([text.token_ids for text in engine.generate(requests)] for engine in engines)
+    assert one == other

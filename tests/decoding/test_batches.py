@@ -1,0 +1,88 @@
+"""Batches whose requests or rows change while they decode."""
+
+import pytest
+
+from lsjax.config import ConfigError, Sampling
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive
+from tests.marks import long
+
+STRATEGY = SelfSpeculative(1, 3)
+PROMPTS = [
+    Request(prompt=prompt, max_new_tokens=new)
+    for prompt, new in (([7], 60), ([1, 2, 3], 4), ([40] * 9, 40), ([9, 8], 5), ([3], 9), ([4], 3))
+]
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, STRATEGY, batch_size=4, ignore_end=True)
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    return [one.token_ids for one in engine.generate(PROMPTS)]
+
+
+@pytest.mark.parametrize("strategy", [STRATEGY, *long(Autoregressive())], ids=lambda s: s.name)
+def test_ended_rows_leave_the_batch(model, tokenizer, expected, strategy):
+    """Six texts share four rows. Once none waits, the batch has as many rows as run, rounded up to
+    a power of two."""
+    engine = Engine(model, tokenizer, strategy, batch_size=4, ignore_end=True, narrows=True)
+    batch = engine.batch(PROMPTS)
+    run, rows, found = batch._run, [], {}
+
+    def spying(function, state, *rest):
+        state = run(function, state, *rest)
+        if function is batch._loop:
+            rows.append((len(state.finish_B), len(batch._rows), len(batch._waiting)))
+        return state
+
+    batch._run = spying
+    for update in batch.updates():
+        found[update.index] = update.completion
+    assert [found[index].token_ids for index in range(len(PROMPTS))] == expected
+    assert {width for width, _, _ in rows} == {4, 2, 1}
+    assert all(width == 4 or not waiting for width, _, waiting in rows)
+    assert all(
+        width == {1: 1, 2: 2, 3: 4, 4: 4}[running]
+        for width, running, waiting in rows
+        if not waiting
+    )
+
+
+def test_requests_are_added_while_others_run(engine, expected):
+    """Each text that ends asks for the next one, among them a prompt that outgrows the cache."""
+    batch, found, added = engine.batch(PROMPTS[:2]), {}, 2
+    for update in batch.updates():
+        found[update.index] = update.completion.token_ids
+        if added < len(PROMPTS):
+            assert batch.add(PROMPTS[added]) == added
+            added += 1
+    assert [found[index] for index in range(len(PROMPTS))] == expected
+    batch = engine.batch(PROMPTS[:1])
+    long_one = Request(prompt=[5] * 400, max_new_tokens=6)
+    assert batch.add(long_one) == 1
+    found = {update.index: update.completion.token_ids for update in batch.updates()}
+    (alone,) = engine.generate([long_one])
+    assert found == {0: expected[0], 1: alone.token_ids}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(sampling=Sampling(temperature=1.0)), "must have options that others"),
+        (dict(log_probs=True), "must have options that others"),
+        (dict(max_new_tokens=9_000), "do not fit the length of"),
+    ],
+)
+def test_requests_that_cannot_be_added(engine, expected, options, words):
+    """They are refused, and the others go on."""
+    batch = engine.batch(PROMPTS[:1])
+    with pytest.raises(ConfigError, match=words):
+        batch.add([1, 2], **options)
+    assert [update.completion.token_ids for update in batch.updates()] == expected[:1]
+    with pytest.raises(ConfigError, match="all texts of the batch have ended"):
+        batch.add(PROMPTS[1])
