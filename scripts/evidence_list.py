@@ -187,7 +187,7 @@ EXPERIMENTS = (
     Experiment(
         "grpo",
         "Does acceptance last in reinforcement learning?",
-        "8 layers of width 192 add four numbers step by step. GRPO rewards the right total, with "
+        "8 layers of width 192 add three numbers step by step. GRPO rewards the right total, with "
         "rollouts that are autoregressive or speculative. The exits' loss is a term of the RL loss "
         "or not. Accepted: first drafts of greedy texts, by exit.",
         "",

@@ -83,7 +83,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 400
+    pretraining: int = 300
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
@@ -102,10 +102,10 @@ class Arguments:
 
 
 def sums(seed: int) -> Iterator[tuple[str, str]]:
-    """Sums of four numbers, and how they are added step by step."""
+    """Sums of three numbers, and how they are added step by step."""
     draw = random.Random(seed)
     while True:
-        numbers = [draw.randrange(1, 100) for _ in range(4)]
+        numbers = [draw.randrange(1, 20) for _ in range(3)]
         total, lines = numbers[0], []
         for number in numbers[1:]:
             lines.append(f"{total}+{number}={total + number}")
@@ -171,7 +171,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         batch = rollouts.generate(
             prompts,
             group_size=arguments.group,
-            max_new_tokens=64,
+            max_new_tokens=32,
             sampling=lsjax.Sampling(temperature=1.0, seed=(seed * 10_000 + step) * 4_096 % 2**32),
         )
         seconds = time.perf_counter() - began
@@ -184,7 +184,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         row |= {"loss": float(loss), "tokens": int(batch.mask_RT.sum())}
         if step % arguments.every == 0 or step == arguments.steps - 1:
             given = lsjax.unstacked(policy), tokenizer, counted, EXITS, 4
-            found = lsjax.acceptance(*given, max_new_tokens=64)
+            found = lsjax.acceptance(*given, max_new_tokens=32)
             row["accepted"] = {e: float(r[0]) for e, r in zip(EXITS, found.rate_EJ, strict=True)}
         rows.append(row)
         if step % arguments.every == 0:

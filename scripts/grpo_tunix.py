@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> None:
             train_micro_batch_size=8,
         ),
         rollout_config=RolloutConfig(
-            max_tokens_to_generate=64, max_prompt_length=24, temperature=1.0, return_logprobs=True
+            max_tokens_to_generate=32, max_prompt_length=16, temperature=1.0, return_logprobs=True
         ),
     )
     actor, text = Actor(lsjax.load(arguments.model)), TunixTokenizer(tokenizer)
