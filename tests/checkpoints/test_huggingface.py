@@ -296,6 +296,23 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
         load(directory)
 
 
+@pytest.mark.parametrize("name", ["mha_untied", "gqa_tied"])
+@pytest.mark.parametrize("values", [1, 100])
+def test_tensors_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch, name, values):
+    """The same weights, and the same count of bad values, from rows far apart."""
+    whole = load(GOLDEN / name)
+    monkeypatch.setattr("lsjax.checkpoints.tensors.AT_ONCE", values)
+    assert_same(load(GOLDEN / name), whole)
+
+    def spoil(tensors):
+        tensors[Q0][[0, 9, -1], 5] = np.inf
+
+    directory = copied(tmp_path, name)
+    edit_tensors(directory, spoil)
+    with pytest.raises(CheckpointError, match=f"'{Q0}': 3 of 1024 values are NaN"):
+        load(directory)
+
+
 def test_weights_beyond_the_range_of_float16(tmp_path):
     directory = copied(tmp_path, "mha_untied")
     edit_tensors(directory, lambda t: t.update({Q0: t[Q0] * np.float32(1e6)}))
