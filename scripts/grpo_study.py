@@ -83,7 +83,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 300
+    pretraining: int = 150
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
