@@ -83,7 +83,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 150
+    pretraining: int = 200
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
@@ -95,7 +95,7 @@ class Arguments:
     """Texts of each."""
     batch_size: int = 16
     """Rows that decode side by side."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """Learning rate of Adam."""
     every: int = 20
     """Steps between two counts of acceptance."""
@@ -133,8 +133,8 @@ def main(arguments: Arguments) -> int:
         code = subprocess.run([sys.executable, "-m", "lsjax", *words]).returncode
         if code:
             return code
-    for name in VARIANTS:
-        for seed in arguments.seeds if name in REPEATED else arguments.seeds[:1]:
+    for seed in arguments.seeds:
+        for name in VARIANTS if seed == arguments.seeds[0] else REPEATED:
             file = file_of(arguments, name, seed)
             if not file.exists():
                 print(f"{name}, seed {seed}", flush=True)
