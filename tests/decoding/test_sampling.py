@@ -19,11 +19,13 @@ from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Purpose, RowSampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama
+from lsjax.model.protocol import has_draft_state
 from tests.decoding.test_penalties import penalised
 from tests.marks import long
-from tests.states import new_state
 
 V = 12  # a vocabulary so small that every token is drawn often
 ROWS, RUNS = 512, 10  # 5,120 texts of each setting for each of the two prompts
@@ -136,7 +138,9 @@ def small() -> Llama:
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(5)))()
 
 
-run_prefill = jax.jit(partial(prefill, chunk=4, depth=3), compiler_options=OPTIMISED)
+run_prefill = jax.jit(
+    partial(prefill, chunk=4, depth=3), static_argnames="exits", compiler_options=OPTIMISED
+)
 forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
 
 
@@ -149,12 +153,10 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
         for sampling in settings
         for prompt in PROMPTS
     ]
-    base = new_state(
-        model.config,
+    base = DecodeState.create(
         requests,
+        cache=model.new_cache(len(requests), 16, model.num_layers),
         capacity=16,
-        num_layers=3,
-        dtype=jnp.float32,
         learned=strategy.first_guess(len(requests)),
     )
     pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
@@ -169,12 +171,13 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
 
     run_decode = jax.jit(loop, compiler_options=OPTIMISED)
     arguments = strategy.arguments(model)
+    read = partial(run_prefill, exits=strategy.exits if has_draft_state(model) else ())
     make_keys = jax.jit(jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed))))
     rows, out = np.arange(pairs.size), []
     places = np.asarray(base.length_B)[:, None] + np.arange(NEW)
     for run in range(RUNS):
         draws = dataclasses.replace(base.sampling, key_B2=make_keys(run * rows.size + rows))
-        state = run_prefill(model, dataclasses.replace(base, sampling=draws), np.int32(0))
+        state = read(model, dataclasses.replace(base, sampling=draws), np.int32(0))
         state = run_decode(model, state, np.int32(2), arguments)
         out.append(np.take_along_axis(np.asarray(state.tokens_BS), places, axis=1))
     found = np.stack(out).reshape(RUNS, len(settings), ROWS, 2, NEW).transpose(1, 3, 0, 2, 4)
@@ -238,6 +241,25 @@ def test_texts_have_the_models_distribution(small, strategy):
     come from two rounds, drafted, accepted or replaced."""
     found = texts(small, strategy)
     for sampling, of_prompts in zip(SETTINGS, found, strict=True):
+        values = [p_value(small, sampling, *pair) for pair in zip(PROMPTS, of_prompts, strict=True)]
+        assert min(values) > 0.01, sampling
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "strategy",
+    [SelfSpeculative(1, 2), Adaptive((1, 2), lengths=(0, 2), seconds=COSTS)],
+    ids=["self_speculative", "auto"],
+)
+def test_exit_blocks_leave_the_distribution_as_it_is(small, strategy):
+    """As above, with drafts of random blocks."""
+    model = with_exit_blocks(small, (1, 2))
+    model.exit_blocks = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+        model.exit_blocks,
+    )
+    found = texts(model, strategy, FILTERS)
+    for sampling, of_prompts in zip(FILTERS, found, strict=True):
         values = [p_value(small, sampling, *pair) for pair in zip(PROMPTS, of_prompts, strict=True)]
         assert min(values) > 0.01, sampling
 
