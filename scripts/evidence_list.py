@@ -54,7 +54,8 @@ class Experiment:
     def command(self) -> str:
         """The command that makes it, and goes on after it was stopped."""
         own, dashes, benchmark = self.flags.partition(" -- ")
-        return f"{self.program} {own} --output {self.directory}{dashes}{benchmark}"
+        flags = f"{own} --output {self.directory}".strip()
+        return f"{self.program} {flags}{dashes}{benchmark}"
 
 
 EXPERIMENTS = (
@@ -179,10 +180,11 @@ EXPERIMENTS = (
         "int8",
         "int8 weights",
         "SmolLM2-135M as released and with int8 weights, on the same held-out text of WikiText-2. "
-        "The agreement is that with the last exit of the same weights.",
-        "--model smollm2 --text wikitext2.txt",
+        "The agreement is that with the last exit of the same weights. lm-evaluation-harness runs "
+        "two tasks of docs/tasks, with requests of TOPv2.",
+        "--model smollm2 --text wikitext2.txt --topv2 topv2",
         program="python scripts/int8_study.py",
-        needs=("smollm2", "wikitext2.txt"),
+        needs=("smollm2", "wikitext2.txt", "topv2"),
     ),
     Experiment(
         "grpo",
@@ -192,6 +194,15 @@ EXPERIMENTS = (
         "or not. Accepted: first drafts of greedy texts, by exit.",
         "",
         program="python scripts/grpo_study.py",
+    ),
+    Experiment(
+        "rollout_speed",
+        "Seconds of a group of rollouts",
+        "The policy of the section before writes 8 texts for each of 8 prompts, 16 rows at a time. "
+        "Rows that end leave the batch. Tunix decodes all rows until the last one ends.",
+        "--policy build/evidence/grpo/policy",
+        program="python scripts/rollout_speed.py",
+        needs=("build/evidence/grpo/policy",),
     ),
     Experiment(
         "recipes",

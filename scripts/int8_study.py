@@ -5,7 +5,7 @@
         --output build/evidence/int8
 
 Scores the same tokens with both, in float32. The tasks are those of docs/tasks, run by lm_eval.
-Prints tables, and writes them for scripts/results.py.
+The same command resumes. Prints tables, and writes them for scripts/results.py.
 """
 
 import csv
@@ -63,10 +63,14 @@ def main(arguments: Arguments) -> int:
     ids = tokenizer.encode(arguments.text.read_text()[: 8 * arguments.tokens], add_bos=False)
     rows = -(-arguments.tokens // LENGTH // ROWS) * ROWS
     some = np.array(ids[: rows * LENGTH + 1], np.int32)
-    found = {
-        weights: scored(arguments.model, weights, arguments.exits, some)
-        for weights in ("float", "int8")
-    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for weights in ("float", "int8"):
+        file = arguments.output / f"exits-{weights}.json"
+        if not file.exists():
+            sums = scored(arguments.model, weights, arguments.exits, some)
+            write_json(file, [one.tolist() for one in sums])
+        found[weights] = json.loads(file.read_text())
     lines = [("exit", "loss", "loss with int8", "agreement", "agreement with int8")]
     losses, agreements = ({w: one[at] for w, one in found.items()} for at in (0, 1))
     for at, exit_layer in enumerate((*arguments.exits, "last")):
@@ -76,7 +80,6 @@ def main(arguments: Arguments) -> int:
     change = losses["int8"][-1] / losses["float"][-1] - 1
     words = f"On {rows * LENGTH:,} tokens, the loss with int8 is {change:+.2%} of the original's."
     speed, about = speed_rows(arguments, some), [("measured on", ""), *made_on().items()]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     tables = [lines, task_rows(arguments), speed, about]
     text = "\n".join([words, *("\n".join(["", *table(rows)]) for rows in tables)])
     (arguments.output / TABLE).write_text(text + "\n", "utf-8")
