@@ -91,9 +91,9 @@ class Arguments:
     """Seeds with and without speculation; others have the first alone."""
     prompts: int = 8
     """Sums of a step."""
-    group: int = 8
+    group: int = 16
     """Texts of each."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Rows that decode side by side."""
     learning_rate: float = 3e-5
     """Learning rate of Adam."""
@@ -105,7 +105,7 @@ def sums(seed: int) -> Iterator[tuple[str, str]]:
     """Sums of three numbers, and how they are added step by step."""
     draw = random.Random(seed)
     while True:
-        numbers = [draw.randrange(1, 20) for _ in range(3)]
+        numbers = [draw.randrange(1, 10) for _ in range(3)]
         total, lines = numbers[0], []
         for number in numbers[1:]:
             lines.append(f"{total}+{number}={total + number}")
