@@ -55,9 +55,8 @@ def main(arguments: Arguments) -> int:
         batch = engines[1].generate(
             prompts, max_new_tokens=32, sampling=sampling, sampled_log_probs=after
         )
-        given = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
         temperature = arguments.temperature if after else 1.0
-        expected_RT = lsjax.token_log_probs(policy, *given, temperature=temperature)
+        expected_RT = lsjax.token_log_probs(policy, *batch.arrays, temperature=temperature)
         difference = float(np.abs(expected_RT - batch.log_probs_RT).max())
         when = "after" if after else "before"
         print(

@@ -38,6 +38,11 @@ class RolloutBatch:
     completions: list[Completion]
 
     @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Prompts, new tokens and both masks, as `token_log_probs` and other losses take them."""
+        return self.prompts_RP, self.prompt_mask_RP, self.tokens_RT, self.mask_RT
+
+    @property
     def texts(self) -> list[str]:
         """New text of each row, without the end token."""
         return [one.text for one in self.completions]

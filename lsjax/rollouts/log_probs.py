@@ -29,7 +29,7 @@ def token_log_probs(
 ) -> Float[Array, "R T"]:
     """Log-probability of each new token, given the prompt and the tokens before; 0 in padding.
 
-    model: stacked or not. The arguments are fields of `RolloutBatch`. temperature: of the softmax.
+    model: stacked or not. Other arguments are `RolloutBatch.arrays`. temperature: of the softmax.
     The logits of few positions are in memory at once.
     """
     x_BTD = last_states(model, as_batch(prompts_RP, prompt_mask_RP, tokens_RT, mask_RT))

@@ -63,8 +63,7 @@ def test_log_probs_are_those_of_a_forward_pass(rollouts, sampled):
     given = dict(group_size=2, max_new_tokens=12, sampling=WARM)
     batch = rollouts.generate(PROMPTS, sampled_log_probs=sampled, **given)
     model, temperature = rollouts.engine.model, 0.7 if sampled else 1.0
-    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
-    found_RT = token_log_probs(model, *fields, temperature=temperature)
+    found_RT = token_log_probs(model, *batch.arrays, temperature=temperature)
     np.testing.assert_allclose(found_RT, batch.log_probs_RT, atol=1e-4)
     for row, one in enumerate(batch.completions):
         prompt = batch.prompts_RP[row][batch.prompt_mask_RP[row]].tolist()
@@ -77,11 +76,10 @@ def test_log_probs_are_those_of_a_forward_pass(rollouts, sampled):
 @pytest.mark.long
 def test_gradients_are_those_of_plain_logits(batch):
     model = stacked(policy(0))
-    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
     prompt = batch.prompts_RP.shape[1]
 
     def ours(model):
-        return token_log_probs(model, *fields)[:3].sum()  # rows without padding in the prompt
+        return token_log_probs(model, *batch.arrays)[:3].sum()  # rows without padding in the prompt
 
     def plain(model):
         tokens = jnp.concatenate([batch.prompts_RP, batch.tokens_RT], 1)[:3]
@@ -99,9 +97,8 @@ def test_gradients_are_those_of_plain_logits(batch):
 def test_the_loss_of_exits_is_that_of_all_logits(batch):
     """KL(last exit || exit 1) over the new tokens. The last exit gets no gradient."""
     model = stacked(policy(0))
-    fields = batch.prompts_RP, batch.prompt_mask_RP, batch.tokens_RT, batch.mask_RT
     rows, prompt = slice(0, 3), batch.prompts_RP.shape[1]
-    some = [field[rows] for field in fields]
+    some = [field[rows] for field in batch.arrays]
     found, gradient = jax.jit(jax.value_and_grad(lambda m: rollout_exit_loss(m, [1], *some)))(model)
     states = unstacked(model).exits(jnp.concatenate([some[0], some[2]], 1))
     log_q, log_p = (
