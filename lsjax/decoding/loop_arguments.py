@@ -35,8 +35,9 @@ class LoopArguments:
         self._known = {size: self._timed(capacity=size, budget=budget) for size in sorted(sizes)}
 
     def of(self, capacity: int) -> Any:
-        """The arguments of the largest size up to `capacity`."""
-        return self._known[max(size for size in self._known if size <= capacity)]
+        """The arguments of the largest size up to `capacity`, or of the smallest one."""
+        sizes = [size for size in self._known if size <= capacity]
+        return self._known[max(sizes, default=min(self._known))]
 
     def narrow(self, rows: int, capacity: int) -> None:
         """Times rounds of a batch of fewer rows, whose slots are now `capacity`."""

@@ -3,6 +3,7 @@
 import pytest
 
 from lsjax.config import ConfigError, Sampling
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -68,6 +69,17 @@ def test_requests_are_added_while_others_run(engine, expected):
     found = {update.index: update.completion.token_ids for update in batch.updates()}
     (alone,) = engine.generate([long_one])
     assert found == {0: expected[0], 1: alone.token_ids}
+
+
+def test_a_shorter_prompt_is_added_to_a_single_row(shallow, tokenizer):
+    """Its cache is smaller than that of the first prompt."""
+    strategy = Adaptive((1,), lengths=(0, 2), seconds=((1.0, 1.1), (1.0, 1.1)))
+    engine = Engine(shallow, tokenizer, strategy, ignore_end=True)
+    prompts = [Request(prompt=[5] * length, max_new_tokens=6) for length in (400, 3)]
+    expected = [engine.generate([prompt])[0].token_ids for prompt in prompts]
+    batch = engine.batch(prompts[:1])
+    assert batch.add(prompts[1]) == 1
+    assert [update.completion.token_ids for update in batch.updates()] == expected
 
 
 @pytest.mark.parametrize(
