@@ -167,7 +167,8 @@ EXPERIMENTS = (
         "Blocks behind exits 2 and 4 of SmolLM2-135M as released. It wrote all prompts and answers "
         "itself. The measured prompts are of other kinds. The first table has the share of first "
         "drafts that are right. All texts equal those of the released model.",
-        f"--model smollm2 --spec-bench question.jsonl --topv2 topv2/test.tsv --code {CODE}",
+        "--answers 1000 --model smollm2 --spec-bench question.jsonl --topv2 topv2/test.tsv "
+        f"--code {CODE}",
         program="python scripts/exit_block_study.py",
         needs=("smollm2", "question.jsonl", "topv2", "build/evidence/quickstart/report.json"),
         paper="""
