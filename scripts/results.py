@@ -65,7 +65,8 @@ def section(experiment: Experiment) -> list[str]:
         own = of_report(read_report(experiment.directory))
     text = wrap(experiment.text, COLUMNS, break_on_hyphens=False)
     heading = [f"## {experiment.title}", "", *text, "", f"    {experiment.command}", ""]
-    return [*heading, *own, *experiment.paper.strip().splitlines()]
+    paper = experiment.paper.strip().splitlines()
+    return [*heading, *own, *(["", *paper] if paper else [])]
 
 
 def of_report(report: Report) -> list[str]:
