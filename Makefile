@@ -123,7 +123,7 @@ lock: $(VENV)/$(INTERPRETER)
 	mkdir -p build
 	printf 'google-tunix>=0.1.7\ntransformers>=4.57\n' > build/lock.in
 	for version in $(VERSIONS); do $(BIN)/uv pip compile -q --upgrade pyproject.toml build/lock.in \
-		--extra test --python-version $$version --no-header --no-annotate \
+		--extra test --extra eval --python-version $$version --no-header --no-annotate \
 		-o constraints/py$$version.txt; done
 
 clean:
