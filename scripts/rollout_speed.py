@@ -90,12 +90,12 @@ def ways_of(arguments: Arguments) -> Mapping[str, Generate]:
         "autoregressive": lsjax.Autoregressive(),
         "speculative": lsjax.Adaptive(EXITS),
     }.items():
-        for words, batch_size, narrows in (
+        for words, batch_size, long_lived in (
             ("", 16, True),
             (", ended rows stay", 16, False),
             (f", {rows} rows", rows, True),
         ):
-            settings = dict(batch_size=batch_size, narrows=narrows)
+            settings = dict(batch_size=batch_size, long_lived=long_lived)
             engine = lsjax.Rollouts(policy, tokenizer, strategy, **settings)
             found[name + words] = partial(ours, engine, arguments.group)
     found[f"Tunix's vanilla, {rows} rows"] = partial(

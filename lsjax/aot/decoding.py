@@ -21,7 +21,8 @@ from lsjax.aot.costs import Trips
 from lsjax.config import DecodingShape, Kernels, LlamaConfig, check
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.compiler import Programs
-from lsjax.decoding.programs import chunk_size, decode, prefill
+from lsjax.decoding.programs import decode, prefill
+from lsjax.decoding.prompts import chunk_size
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import cache_slots
 from lsjax.decoding.scopes import (

@@ -13,7 +13,16 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from lsjax.config import Kernels, check
-from lsjax.decoding.programs import decode, grow, insert, keep_rows, pause, prefill, read_exits
+from lsjax.decoding.programs import (
+    decode,
+    fill,
+    grow,
+    insert,
+    keep_rows,
+    pause,
+    prefill,
+    read_exits,
+)
 from lsjax.decoding.state import DecodeState
 from lsjax.kernels.decoding import lays_out_weights
 from lsjax.model.parameters import shardings
@@ -25,6 +34,7 @@ Call = tuple[Any, ...]  # a partial function, its state, and the rest of its arg
 NAMES = {
     prefill: "prompts",
     insert: "new rows",
+    fill: "prompts of new rows",
     grow: "a larger cache",
     keep_rows: "fewer rows",
     decode: "rounds",

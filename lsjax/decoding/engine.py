@@ -26,8 +26,9 @@ class Engine:
     batch_size: rows that decode side by side; the next request takes an ended row at once.
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
     past the end of a text. min_length: tokens that a row's cache has room for from the start.
-    narrows: once no request waits, leave ended rows out, half of the batch at a time. Each number
-    of rows has programs of its own, so this is for engines that decode many batches.
+    long_lived: compile more programs to decode many batches faster. Prompts are read side by side,
+    equal ones once, when a quarter of the rows is free. Once no request waits, ended rows leave the
+    batch, half of it at a time. Caches of short texts have fewer slots.
     mesh: devices to decode on (lsjax/sharding.py). lay_out: let the compiler choose layouts of the
     weights on accelerators. If the caller keeps `model`, weights with a new layout are then in
     memory twice. kernels: "reference" uses no tuned code (docs/performance.md). track: wraps the
@@ -48,7 +49,7 @@ class Engine:
         max_length: int | None = None,
         ignore_end: bool = False,
         min_length: int = 0,
-        narrows: bool = False,
+        long_lived: bool = False,
         mesh: Mesh | None = None,
         lay_out: bool = True,
         kernels: Kernels = "auto",
@@ -60,7 +61,7 @@ class Engine:
         self.tokenizer = tokenizer.fitted(model.vocab_size)
         self.batch_size = batch_size
         self.max_length = model.max_context if max_length is None else max_length
-        self.ignore_end, self.narrows = ignore_end, narrows
+        self.ignore_end, self.long_lived = ignore_end, long_lived
         self.runtime = Runtime(
             model,
             mesh,
@@ -172,7 +173,7 @@ class Engine:
         yield from self._batch([request], **rest).updates()
 
     def _batch(self, requests: Sequence[Request], **options) -> ContinuousBatch:
-        own = dict(ignore_end=self.ignore_end, narrows=self.narrows, encode=self._request)
+        own = dict(ignore_end=self.ignore_end, long_lived=self.long_lived, encode=self._request)
         options |= own
         return ContinuousBatch(self.runtime, self.strategy, self.tokenizer, requests, **options)
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lsjax.decoding.compiler import Programs
-from lsjax.decoding.programs import chunk_size, read_exits
+from lsjax.decoding.programs import read_exits
+from lsjax.decoding.prompts import chunk_size
 from lsjax.decoding.state import DecodeState
 
 

@@ -1,6 +1,6 @@
 """Arguments of a batch's rounds. Those of an adaptive strategy have the seconds of its rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ class LoopArguments:
     """The arguments by slots of a row, known before the first text: none waits for timings.
 
     One size above those of the prompts is timed: each further one would compile another program.
-    serves: the requests, with all ids that end them.
+    serves: the requests, with all ids that end them. capacity: slots for a length.
     """
 
     def __init__(
@@ -23,9 +23,9 @@ class LoopArguments:
         strategy: Strategy,
         requests: Sequence[Request],
         serves: Sequence[Request],
+        capacity: Callable[[int], int],
     ):
         self._timed = partial(runtime.arguments, strategy, serves=serves)
-        capacity = partial(runtime.capacity, strategy=strategy)
         first = capacity(1 + max(len(request.prompt) for request in requests))
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         sizes = {first, min(capacity(first + 1), capacity(total))}

@@ -7,19 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lsjax.decoding.prompts import Prompts
 from lsjax.decoding.scopes import PROMPT_CHUNKS, ROUNDS
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.protocol import (
+    Cache,
     DecoderModel,
     grow_cache,
     prepare,
     run_past_exits,
     run_through,
 )
-
-# A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
-PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
 def prefill(
@@ -32,19 +31,37 @@ def prefill(
     exits: tuple[int, ...] = (),
 ) -> DecodeState:
     """Runs the prompts through the first `depth` layers, and appends each row's first new token.
-    Starts at position `start`, after the cached ones, and reads `chunk` positions at a time. exits:
-    those that draft, some perhaps from states of their own (`draft_state`)."""
-    batch, capacity = state.tokens_BS.shape
+    Other arguments: as for `read_prompts`."""
+    given = state.tokens_BS, state.length_B, state.cache, start
+    cache, last_BD = read_prompts(model, *given, chunk=chunk, depth=depth, exits=exits)
+    return state.with_cache(cache).append(model.unembed(last_BD))
+
+
+def read_prompts(
+    model: DecoderModel,
+    tokens_BS: Int[Array, "B S"],
+    length_B: Int[Array, " B"],
+    cache: Cache,
+    start: Int[Array, ""] | int,
+    *,
+    chunk: int,
+    depth: int,
+    exits: tuple[int, ...],
+) -> tuple[Cache, Float[Array, "B D"]]:
+    """The cache of the prompts, and the state of each one's last token after `depth` layers. Starts
+    at position `start`, after the cached ones, and reads `chunk` positions at a time. exits: those
+    that draft, some perhaps from states of their own (`draft_state`)."""
+    batch, capacity = tokens_BS.shape
 
     def read(index, carry):
         cache, last_BD = carry
         # At the end of the cache a few positions are read again, to stay inside the cache.
         begin = jnp.minimum(start + index * chunk, capacity - chunk)
-        tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
+        tokens_BT = lax.dynamic_slice_in_dim(tokens_BS, begin, chunk, axis=1)
         positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
         x_BTD = model.embed(tokens_BT, positions_BT)
         x_BTD, cache = run_past_exits(model, exits, depth, x_BTD, positions_BT, cache)
-        offset_B = state.length_B - 1 - begin  # of the prompt's last token in this chunk
+        offset_B = length_B - 1 - begin  # of the prompt's last token in this chunk
         x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
         here_B = (offset_B >= 0) & (offset_B < chunk)
         return cache, jnp.where(here_B[:, None], x_BD, last_BD)
@@ -52,16 +69,9 @@ def prefill(
     none_B1 = jnp.zeros((batch, 1), jnp.int32)
     like = jax.eval_shape(model.embed, none_B1, none_B1)
     last_BD = jnp.zeros((batch, like.shape[-1]), like.dtype)
-    chunks = (state.length_B.max() - start + chunk - 1) // chunk
+    chunks = (length_B.max() - start + chunk - 1) // chunk
     with jax.named_scope(PROMPT_CHUNKS):
-        cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
-    return state.with_cache(cache).append(model.unembed(last_BD))
-
-
-def chunk_size(unread: int, capacity: int) -> int:
-    """Chunk size for reading `unread` tokens into a cache of `capacity` slots."""
-    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
-    return next((size for size in sizes if size >= unread), sizes[-1])
+        return lax.fori_loop(0, chunks, read, (cache, last_BD))
 
 
 def insert(
@@ -71,6 +81,30 @@ def insert(
     return jax.tree.map(
         lambda batch, one: lax.dynamic_update_slice_in_dim(batch, one, row, axis=0), state, single
     )
+
+
+def fill(
+    model: DecoderModel,
+    state: DecodeState,
+    new: DecodeState,
+    prompts: Prompts,
+    *,
+    chunk: int,
+    depth: int,
+    exits: tuple[int, ...] = (),
+) -> DecodeState:
+    """The batch with the rows of `new` that have a prompt, which has no cache yet. Each prompt is
+    read once, `chunk` positions at a time. depth, exits: as for `read_prompts`."""
+    given = prompts.tokens_US, prompts.length_U, prompts.cache, 0
+    cache, last_UD = read_prompts(model, *given, chunk=chunk, depth=depth, exits=exits)
+    is_new_B, source_B = prompts.source_B >= 0, jnp.maximum(prompts.source_B, 0)
+    cache, last_BD = jax.tree.map(lambda own: jnp.take(own, source_B, axis=0), (cache, last_UD))
+    new = new.with_cache(grow_cache(model, cache, state.capacity, depth))
+
+    def chosen(old: Array, own: Array) -> Array:
+        return jnp.where(is_new_B.reshape(-1, *[1] * (old.ndim - 1)), own, old)
+
+    return jax.tree.map(chosen, state, new.append(model.unembed(last_BD)))
 
 
 def keep_rows(model: DecoderModel, state: DecodeState, rows_b: Int[Array, " b"]) -> DecodeState:

@@ -74,9 +74,9 @@ class Runtime:
             model, None if self.mesh is None else model_shardings(model, self.mesh)
         )
 
-    def capacity(self, length: int, strategy: Strategy) -> int:
-        """Slots of a row's cache for `length` tokens."""
-        return cache_slots(max(length, self._min_length), strategy)
+    def capacity(self, length: int, strategy: Strategy, most: int | None = None) -> int:
+        """Slots of a row's cache for `length` tokens. most: as for `cache_slots`."""
+        return cache_slots(max(length, self._min_length), strategy, most)
 
     def new_cache(self, rows: int, capacity: int, depth: int) -> Cache:
         """An empty cache of the first `depth` layers, sharded over the mesh."""
@@ -230,10 +230,13 @@ def _without_shared(cache: Cache) -> Cache:
     return jax.tree.unflatten(structure, leaves)
 
 
-def cache_slots(length: int, strategy: Strategy) -> int:
+def cache_slots(length: int, strategy: Strategy, most: int | None = None) -> int:
     """Slots of a cache in which rows of `length` tokens have room for another round. Sizes double,
-    so that few programs are needed and less than half of the slots stay empty for long."""
+    so that few programs are needed and less than half of the slots stay empty for long. most:
+    tokens of the longest text, if fewer slots may do for it."""
     slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
+    while most is not None and slots // 2 >= max(most, SLACK):
+        slots //= 2
     while slots + more < length + strategy.slack:
         slots *= 2
     return slots + more

@@ -60,7 +60,8 @@ class RowSampling:
             top_k_B=np.array([row.top_k for row in rows], np.int32),
             top_p_B=np.array([max(row.top_p, 1e-30) for row in rows], np.float32),  # not 0
             min_p_B=np.array([row.min_p for row in rows], np.float32),
-            key_B2=np.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
+            # As of jax.random.key, which takes 0.3 ms a row.
+            key_B2=np.array([(0, row.seed) for row in rows], np.uint32),
             filters=frozenset(
                 name
                 for name in ("top_k", "top_p", "min_p")
@@ -129,7 +130,8 @@ class RowSampling:
         self, position_B: Int[Array, " B"], offset: Int[Array, ""] | int, purpose: Purpose
     ) -> Array:
         """A key for each row's draw."""
-        keys_B, stream = jax.random.wrap_key_data(self.key_B2), len(Purpose) * offset + purpose
+        keys_B = jax.random.wrap_key_data(self.key_B2, impl="threefry2x32")
+        stream = len(Purpose) * offset + purpose
         return jax.vmap(
             lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), stream)
         )(keys_B, position_B)

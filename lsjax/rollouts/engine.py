@@ -67,7 +67,7 @@ class Rollouts:
         **options: Any,
     ):
         # The compiler's own layouts would cost a copy of the weights at every change.
-        options = {"lay_out": False, "narrows": True, **options}
+        options = {"lay_out": False, "long_lived": True, **options}
         given = policy, tokenizer, strategy or Adaptive(())
         self.engine = Engine(*given, batch_size=batch_size, **options)
         self.pad_id = pad_id

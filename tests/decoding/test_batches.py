@@ -1,10 +1,13 @@
 """Batches whose requests or rows change while they decode."""
 
+import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.programs import fill
+from lsjax.decoding.prompts import Prompts
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
@@ -31,13 +34,13 @@ def expected(engine):
 def test_ended_rows_leave_the_batch(model, tokenizer, expected, strategy):
     """Six texts share four rows. Once none waits, the batch has as many rows as run, rounded up to
     a power of two."""
-    engine = Engine(model, tokenizer, strategy, batch_size=4, ignore_end=True, narrows=True)
+    engine = Engine(model, tokenizer, strategy, batch_size=4, ignore_end=True, long_lived=True)
     batch = engine.batch(PROMPTS)
     run, rows, found = batch._run, [], {}
 
     def spying(function, state, *rest):
         state = run(function, state, *rest)
-        if function is batch._loop:
+        if function is batch._calls.loop:
             rows.append((len(state.finish_B), len(batch._rows), len(batch._waiting)))
         return state
 
@@ -52,6 +55,55 @@ def test_ended_rows_leave_the_batch(model, tokenizer, expected, strategy):
         for width, running, waiting in rows
         if not waiting
     )
+
+
+def test_prompts_are_read_side_by_side(model, tokenizer):
+    """Twelve texts of four prompts share four rows: equal prompts are read once, and those of other
+    sizes by themselves. The texts are those of an engine that reads one prompt at a time."""
+    prompts = [[7, 8, 9], [40] * 9, [5] * 50, [3]]
+    requests = [
+        Request(
+            prompt=prompt,
+            max_new_tokens=6 + 9 * (text % 2),
+            sampling=Sampling(temperature=1.0, seed=10 * index + text),
+        )
+        for index, prompt in enumerate(prompts)
+        for text in range(3)
+    ]
+    plain = Engine(model, tokenizer, STRATEGY, batch_size=4, ignore_end=True)
+    expected = [one.token_ids for one in plain.generate(requests)]
+    engine = Engine(model, tokenizer, STRATEGY, batch_size=4, ignore_end=True, long_lived=True)
+    batch = engine.batch(requests)
+    run, read = batch._run, []
+
+    def spying(function, *given):
+        if function.func is fill:
+            prompts = given[-1]
+            slots = given[0].capacity
+            read.append((prompts.tokens_US.shape, np.asarray(prompts.source_B).tolist(), slots))
+        return run(function, *given)
+
+    batch._run = spying
+    found = {update.index: update.completion.token_ids for update in batch.updates()}
+    assert [found[index] for index in range(12)] == expected
+    # Three texts of the first prompt and one of the second begin side by side, in rows with slots
+    # for 65 tokens and a draft.
+    assert read[0] == ((2, 32), [0, 0, 0, 1], 128 + 64)
+    assert {shape[1] for shape, *_ in read} == {32, 64}
+    assert sum(np.sum(np.array(source) >= 0) for _, source, _ in read) == 12
+
+
+def test_a_chunk_of_many_prompts_has_a_limit():
+    """2,048 tokens; a prompt has at least 32 of them, and no more slots than its row."""
+    one, many = (Request(prompt=[1] * 400), [Request(prompt=[n] * 400) for n in range(16)])
+    alone = Prompts.of({2: one}, 4, 320 + 256, 1)
+    assert (alone.tokens_US.shape, alone.chunk) == ((1, 512), 512)
+    assert alone.source_B.tolist() == [-1, -1, 0, -1]
+    prompts = Prompts.of(dict(enumerate(many)), 16, 448, 1)
+    assert (prompts.tokens_US.shape, prompts.chunk) == ((16, 448), 128)
+    short = Prompts.of({n: Request(prompt=[n]) for n in range(3)}, 4, 128, 6)
+    assert (short.tokens_US.shape, short.chunk) == ((6, 32), 32)
+    assert short.length_U.tolist() == [1] * 6
 
 
 def test_requests_are_added_while_others_run(engine, expected):

@@ -14,7 +14,8 @@ from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.programs import chunk_size, prefill
+from lsjax.decoding.programs import prefill
+from lsjax.decoding.prompts import chunk_size
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding import programs, runtime
+from lsjax.decoding import prompts, runtime
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -54,7 +54,7 @@ def check(passes, completion, prompt, exits):
 )
 def test_outputs_are_those_of_a_whole_pass(model, tokenizer, passes, strategy, exits, monkeypatch):
     """In chunks of 8, for rows that are refilled, that end in turn and outgrow their cache."""
-    monkeypatch.setattr(programs, "PREFILL_CHUNKS", (8,))
+    monkeypatch.setattr(prompts, "PREFILL_CHUNKS", (8,))
     monkeypatch.setattr(runtime, "MIN_CAPACITY", 16)
     monkeypatch.setattr(runtime, "SLACK", 16)
     engine = Engine(model, tokenizer, strategy, batch_size=2, ignore_end=True)

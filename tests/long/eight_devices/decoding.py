@@ -196,8 +196,8 @@ def test_ended_rows_leave_a_batch_on_a_mesh():
     settings = dict(batch_size=4, ignore_end=True, mesh=mesh)
     requests = [Request(prompt=[7, at], max_new_tokens=4 + 9 * at) for at in range(5)]
     engines = (
-        Engine(model, ByteTokenizer(), SelfSpeculative(1, 3), **settings, narrows=narrows)
-        for narrows in (False, True)
+        Engine(model, ByteTokenizer(), SelfSpeculative(1, 3), **settings, long_lived=long_lived)
+        for long_lived in (False, True)
     )
     one, other = ([text.token_ids for text in engine.generate(requests)] for engine in engines)
     assert one == other

@@ -1,0 +1,59 @@
+"""How prompts are read: in chunks of few sizes, and side by side if rows begin together."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Int
+
+from lsjax.decoding.request import Request
+from lsjax.model.protocol import Cache
+
+# A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
+PREFILL_CHUNKS = (32, 64, 128, 256, 512)
+SIDE_BY_SIDE = 2048  # most tokens of a chunk of several prompts: more take no less time each
+
+
+def chunk_size(unread: int, capacity: int) -> int:
+    """Chunk size for reading `unread` tokens into a cache of `capacity` slots."""
+    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
+    return next((size for size in sizes if size >= unread), sizes[-1])
+
+
+class Prompts(NamedTuple):
+    """U different prompts of up to S tokens, and the rows of a batch that begin with them."""
+
+    tokens_US: Int[Array, "U S"]
+    length_U: Int[Array, " U"]
+    source_B: Int[Array, " B"]  # which prompt a row begins with; -1: the row stays
+    cache: Cache = None  # an empty one
+
+    @classmethod
+    def of(
+        cls, requests: Mapping[int, Request], rows: int, capacity: int, multiple: int
+    ) -> "Prompts":
+        """Those of the requests for these rows of a batch with `capacity` slots. U and S are powers
+        of two, so that few programs are needed, but U is a multiple of `multiple`."""
+        different = list(dict.fromkeys(tuple(one.prompt) for one in requests.values()))
+        number, longest = multiple, max(map(len, different))
+        while number < len(different):
+            number *= 2
+        tokens_US = np.zeros((number, min(slots_of(longest), capacity)), np.int32)
+        length_U = np.ones(number, np.int32)
+        source_B = np.full(rows, -1, np.int32)
+        for at, prompt in enumerate(different):
+            tokens_US[at, : len(prompt)], length_U[at] = prompt, len(prompt)
+        for row, request in requests.items():
+            source_B[row] = different.index(tuple(request.prompt))
+        return cls(tokens_US, length_U, source_B)
+
+    @property
+    def chunk(self) -> int:
+        """Positions of each prompt that are read at a time."""
+        number, slots = self.tokens_US.shape
+        return chunk_size(slots, max(PREFILL_CHUNKS[0], min(slots, SIDE_BY_SIDE // number)))
+
+
+def slots_of(length: int) -> int:
+    """Slots in which a prompt is read side by side with others: a power of two."""
+    return max(PREFILL_CHUNKS[0], 1 << (length - 1).bit_length())
