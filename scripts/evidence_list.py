@@ -199,9 +199,9 @@ EXPERIMENTS = (
     Experiment(
         "rollout_speed",
         "Seconds of a group of rollouts",
-        "The policy that scripts/grpo_study.py trains writes 8 texts for each of 8 prompts, 16 "
-        "rows at a time. Rows that end leave the batch. Tunix decodes all rows until the last one "
-        "ends.",
+        "The policy that scripts/grpo_study.py trains writes 8 texts for each of 8 prompts, in 16 "
+        "rows or in 64. Rows that end leave the batch, except where prompts are read one by one. "
+        "Tunix decodes all rows until the last one ends.",
         "--policy build/evidence/grpo/policy",
         program="python scripts/rollout_speed.py",
         needs=("build/evidence/grpo/policy",),

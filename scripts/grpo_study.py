@@ -41,6 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 EXITS = (1, 2)
+NEW = 64  # tokens of a text, at most
 # The policy's training: the quickstart's recipe on a smaller shape and on sums.
 TRAINING = """
     --config quickstart --model.vocab-size 258 --model.num-layers 8 --model.hidden-size 192
@@ -83,7 +84,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 200
+    pretraining: int = 110
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
@@ -91,9 +92,9 @@ class Arguments:
     """Seeds with and without speculation; others have the first alone."""
     prompts: int = 8
     """Sums of a step."""
-    group: int = 16
+    group: int = 8
     """Texts of each."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Rows that decode side by side."""
     learning_rate: float = 3e-5
     """Learning rate of Adam."""
@@ -106,17 +107,18 @@ def sums(seed: int) -> Iterator[tuple[str, str]]:
     draw = random.Random(seed)
     while True:
         numbers = [draw.randrange(1, 10) for _ in range(3)]
-        total, lines = numbers[0], []
+        total, steps = numbers[0], []
         for number in numbers[1:]:
-            lines.append(f"{total}+{number}={total + number}")
+            steps.append(f"{total} and {number} make {total + number}")
             total += number
-        yield f"{'+'.join(map(str, numbers))}: ", f"{'; '.join(lines)}\n"
+        text = f"{', then '.join(steps)}, so the sum is {total}\n"
+        yield f"{'+'.join(map(str, numbers))}: ", text
 
 
 def reward(prompt: str, text: str) -> float:
     """1 for the right total, 0 otherwise."""
     total = sum(map(int, prompt.removesuffix(": ").split("+")))
-    return float(text.strip().rpartition("=")[2] == str(total))
+    return float(text.strip().rpartition(" ")[2] == str(total))
 
 
 def main(arguments: Arguments) -> int:
@@ -171,7 +173,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         batch = rollouts.generate(
             prompts,
             group_size=arguments.group,
-            max_new_tokens=32,
+            max_new_tokens=NEW,
             sampling=lsjax.Sampling(temperature=1.0, seed=(seed * 10_000 + step) * 4_096 % 2**32),
         )
         seconds = time.perf_counter() - began
@@ -184,7 +186,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         row |= {"loss": float(loss), "tokens": int(batch.mask_RT.sum())}
         if step % arguments.every == 0 or step == arguments.steps - 1:
             given = lsjax.unstacked(policy), tokenizer, counted, EXITS, 4
-            found = lsjax.acceptance(*given, max_new_tokens=32)
+            found = lsjax.acceptance(*given, max_new_tokens=NEW)
             row["accepted"] = {e: float(r[0]) for e, r in zip(EXITS, found.rate_EJ, strict=True)}
         rows.append(row)
         if step % arguments.every == 0:
@@ -194,7 +196,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
 
 def fields(batch: RolloutBatch) -> tuple[np.ndarray, ...]:
     """Arrays of the loss, padded to few lengths, so that few programs are compiled."""
-    more = -batch.tokens_RT.shape[1] % 32, -batch.prompts_RP.shape[1] % 8
+    more = -batch.tokens_RT.shape[1] % NEW, -batch.prompts_RP.shape[1] % 8
     right, left = ((0, 0), (0, more[0])), ((0, 0), (more[1], 0))
     prompts = np.pad(batch.prompts_RP, left), np.pad(batch.prompt_mask_RP, left)
     return *prompts, np.pad(batch.tokens_RT, right), np.pad(batch.mask_RT, right)

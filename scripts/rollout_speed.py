@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tyro
 from evidence_list import TABLE
-from grpo_study import EXITS, sums
+from grpo_study import EXITS, NEW, sums
 from jax.sharding import Mesh
 from tunix.models.llama3 import model as tunix_llama, params
 from tunix.rl.rollout.base_rollout import CacheConfig, RolloutConfig
@@ -33,7 +33,8 @@ from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 from lsjax.rollouts.tunix import TunixTokenizer
 
-NEW, PROMPT = 32, 16  # tokens of a text and of its prompt, at most
+PROMPT = 16  # tokens of a prompt, at most
+WARM_UP = 8  # batches that are not timed: each number of rows has its programs
 Generate = Callable[[list[str], int], int]  # prompts and a seed, to the number of new tokens
 
 
@@ -49,7 +50,7 @@ class Arguments:
     """Prompts of a batch."""
     group: int = 8
     """Texts of each."""
-    repeats: int = 7
+    repeats: int = 9
     """Timed batches."""
 
 
@@ -59,11 +60,11 @@ def main(arguments: Arguments) -> int:
     ways, asked = ways_of(arguments), sums(4)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, int] = dict.fromkeys(ways, 0)
-    for repeat in range(-3, arguments.repeats):  # the first ones compile
+    for repeat in range(-WARM_UP, arguments.repeats):
         prompts = [next(asked)[0] for _ in range(arguments.prompts)]
         for name, generate in ways.items():
             began = time.perf_counter()
-            number = generate(prompts, 1_000 * (repeat + 3))
+            number = generate(prompts, 1_000 * (repeat + WARM_UP))
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - began)
                 tokens[name] += number
@@ -92,7 +93,7 @@ def ways_of(arguments: Arguments) -> Mapping[str, Generate]:
     }.items():
         for words, batch_size, long_lived in (
             ("", 16, True),
-            (", ended rows stay", 16, False),
+            (", prompts one by one", 16, False),
             (f", {rows} rows", rows, True),
         ):
             settings = dict(batch_size=batch_size, long_lived=long_lived)
