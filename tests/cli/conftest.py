@@ -2,10 +2,13 @@
 
 import pytest
 
+from lsjax.cli import setup
+
 
 @pytest.fixture
-def refused(capsys):
+def refused(capsys, monkeypatch):
     """Runs a program that must refuse its input: its one line on stderr."""
+    monkeypatch.setattr(setup, "PATIENCE", 3600)  # a slow machine's compiling is no line of it
 
     def run(main, *argv) -> str:
         with pytest.raises(SystemExit) as exit_:

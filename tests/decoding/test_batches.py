@@ -1,10 +1,12 @@
 """Batches whose requests or rows change while they decode."""
 
+import jax
 import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.calls import Calls
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import fill
 from lsjax.decoding.prompts import Prompts
@@ -104,6 +106,19 @@ def test_a_chunk_of_many_prompts_has_a_limit():
     short = Prompts.of({n: Request(prompt=[n]) for n in range(3)}, 4, 128, 6)
     assert (short.tokens_US.shape, short.chunk) == ((6, 32), 32)
     assert short.length_U.tolist() == [1] * 6
+
+
+def test_side_by_side_no_cache_is_copied(model, tokenizer):
+    """The program needs room for the prompts, and not for another cache of the rows."""
+    engine = Engine(model, tokenizer, Autoregressive(), batch_size=16, long_lived=True)
+    requests = [Request(prompt=[1, 2, row % 4], max_new_tokens=500) for row in range(16)]
+    calls = Calls(engine.runtime, engine.strategy, requests, ends=(), most=None)
+    state = calls.empty_rows(16, calls.capacity(900))
+    call = calls.filling(dict(enumerate(enumerate(requests))), state)
+    memory = engine.programs.lower(*call).compile().memory_analysis()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache / 4
 
 
 def test_requests_are_added_while_others_run(engine, expected):
