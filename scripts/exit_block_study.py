@@ -5,9 +5,9 @@
         --output build/evidence/exit_blocks
 
 A chat model writes prompts and answers. Blocks are trained on some of the answers, and on all. Each
-is then measured on kinds of prompts that it was not trained on: how many first drafts are right,
-and how fast `auto` is with the blocks and without. The same command resumes. Prints a table, and
-writes it for scripts/results.py.
+is then measured on kinds of prompts that it was not trained on, in the model's chat template: how
+many first drafts are right, and how fast `auto` is with the blocks and without. The same command
+resumes. Prints a table, and writes it for scripts/results.py.
 """
 
 import json
@@ -28,6 +28,7 @@ import lsjax
 from lsjax.checkpoints.run import read_metrics
 from lsjax.cli.answers import ANSWERS
 from lsjax.cli.setup import keep_compiled_programs
+from lsjax.data.chat import Dialogue
 from lsjax.data.token_counts import read_counts
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -116,7 +117,8 @@ def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"tokens": counts.total(), "losses": read_metrics(run)[-1]}
     for kind in KINDS:
-        texts = [tokenizer.encode(text) for text in kinds_of_prompts(arguments)[kind]]
+        asked = kinds_of_prompts(arguments)[kind]
+        texts = [Dialogue(tokenizer).prompt(text.strip())[1] for text in asked]
         found[kind] = {
             "acceptance": accepted(arguments, model, tokenizer, vocabulary, texts),
             "seconds": seconds(arguments, model, tokenizer, vocabulary, texts),
@@ -151,7 +153,7 @@ def seconds(
     texts: Sequence[Sequence[int]],
 ) -> dict[str, list[float]]:
     """Seconds of each text, the median of the repeats. Strategies take turns."""
-    engine = lsjax.Engine(model, tokenizer, ignore_end=True)
+    engine = lsjax.Engine(model, tokenizer)
     strategies = {
         "autoregressive": lsjax.Autoregressive(),
         "without": lsjax.Adaptive(()),
