@@ -24,12 +24,13 @@ import numpy as np
 from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.active_row import ActiveRow
-from lsjax.decoding.calls import Admitted, Calls, by_size
+from lsjax.decoding.calls import Calls
 from lsjax.decoding.completion import Trace, Update
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.exit_outputs import exit_outputs
 from lsjax.decoding.loop_arguments import LoopArguments
 from lsjax.decoding.programs import insert, keep_rows
+from lsjax.decoding.prompts import TOGETHER, Admitted, side_by_side
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime, kind_of
 from lsjax.decoding.state import LENGTH, RUNNING, STOP, DecodeState
@@ -72,7 +73,9 @@ class ContinuousBatch:
         self._fills = long_lived and not self._is_single  # reads prompts side by side
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        runtime.check_memory(longest, total, strategy, held=self._conversation.device_bytes)
+        self._beside = TOGETHER if self._fills else 1
+        held = self._conversation.device_bytes
+        runtime.check_memory(longest, total, strategy, held, self._beside)
         # A tokenizer may name end tokens that the model does not have.
         ends = () if ignore_end else tokenizer.eos_ids
         self._ends = [token for token in ends if 0 <= token < runtime.model.vocab_size]
@@ -103,7 +106,8 @@ class ContinuousBatch:
         )
         check(bool(self._waiting or self._rows), "all texts of the batch have ended: make another")
         length = len(request.prompt)
-        runtime.check_memory(1 + length, length + request.max_new_tokens, strategy)
+        total = length + request.max_new_tokens
+        runtime.check_memory(1 + length, total, strategy, beside=self._beside)
         self._requests.append(request)
         self._waiting.append((len(self._requests) - 1, request))
         return len(self._requests) - 1
@@ -158,7 +162,7 @@ class ContinuousBatch:
             return
         taken = {row: self._waiting.popleft() for row in self._free[: len(self._waiting)]}
         if self._fills:
-            for some in by_size(taken):
+            for some in side_by_side(taken):
                 self._read_together(some)
         else:
             for row, given in taken.items():

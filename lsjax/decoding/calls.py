@@ -1,12 +1,12 @@
 """What a batch calls: programs (programs.py) with the states and arguments that they take."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from lsjax.decoding.programs import decode, fill, grow, insert, prefill
-from lsjax.decoding.prompts import Prompts, chunk_size, slots_of
+from lsjax.decoding.prompts import Admitted, Prompts, chunk_size, side_by_side
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.state import DecodeState
@@ -15,7 +15,6 @@ from lsjax.model.parameters import placed
 from lsjax.model.protocol import Cache, has_draft_state
 
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
-Admitted = dict[int, tuple[int, Request]]  # rows with the requests that begin there, and indices
 
 
 class Calls:
@@ -92,7 +91,7 @@ class Calls:
         calls = [(self.loop, state, np.int32(0), arguments)]
         calls += [(self.pause, state)] if self.pause else []
         if fills:
-            taken = next(by_size(dict(enumerate(enumerate(requests[:rows])))))
+            taken = next(side_by_side(dict(enumerate(enumerate(requests[:rows])))))
             return [*calls, self.filling(taken, state, shapes)]
         calls += [(partial(insert), state, single, np.int32(0))] if rows > 1 else []
         calls += [] if known else [(self.reading(len(prompt), capacity), single, np.int32(0))]
@@ -101,10 +100,3 @@ class Calls:
     @property
     def _places(self) -> dict:
         return dict(depth=self.depth, exits=self.exits)
-
-
-def by_size(taken: Admitted) -> Iterator[Admitted]:
-    """Requests whose prompts are of similar length."""
-    size = {row: slots_of(len(request.prompt)) for row, (_, request) in taken.items()}
-    for one in dict.fromkeys(size.values()):
-        yield {row: given for row, given in taken.items() if size[row] == one}

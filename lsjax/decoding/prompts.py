@@ -1,6 +1,6 @@
 """How prompts are read: in chunks of few sizes, and side by side if rows begin together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from lsjax.model.protocol import Cache
 # A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 SIDE_BY_SIDE = 2048  # most tokens of a chunk of several prompts: more take no less time each
+TOGETHER = 4 * SIDE_BY_SIDE  # most tokens of prompts that a call reads, in a cache of their own
+Admitted = dict[int, tuple[int, Request]]  # rows with the requests that begin there, and indices
 
 
 def chunk_size(unread: int, capacity: int) -> int:
@@ -34,7 +36,7 @@ class Prompts(NamedTuple):
     ) -> "Prompts":
         """Those of the requests for these rows of a batch with `capacity` slots. U and S are powers
         of two, so that few programs are needed, but U is a multiple of `multiple`."""
-        different = list(dict.fromkeys(tuple(one.prompt) for one in requests.values()))
+        different = {tuple(one.prompt): 0 for one in requests.values()}
         number, longest = multiple, max(map(len, different))
         while number < len(different):
             number *= 2
@@ -43,8 +45,9 @@ class Prompts(NamedTuple):
         source_B = np.full(rows, -1, np.int32)
         for at, prompt in enumerate(different):
             tokens_US[at, : len(prompt)], length_U[at] = prompt, len(prompt)
+            different[prompt] = at
         for row, request in requests.items():
-            source_B[row] = different.index(tuple(request.prompt))
+            source_B[row] = different[tuple(request.prompt)]
         return cls(tokens_US, length_U, source_B)
 
     @property
@@ -57,3 +60,15 @@ class Prompts(NamedTuple):
 def slots_of(length: int) -> int:
     """Slots in which a prompt is read side by side with others: a power of two."""
     return max(PREFILL_CHUNKS[0], 1 << (length - 1).bit_length())
+
+
+def side_by_side(taken: Admitted) -> Iterator[Admitted]:
+    """The parts of requests whose prompts one call reads: similar lengths, and few enough."""
+    sizes: dict[int, dict[tuple[int, ...], Admitted]] = {}
+    for row, given in taken.items():
+        prompt = tuple(given[1].prompt)
+        sizes.setdefault(slots_of(len(prompt)), {}).setdefault(prompt, {})[row] = given
+    for size, of_prompts in sizes.items():
+        own, most = [*of_prompts.values()], max(1, TOGETHER // size)
+        for start in range(0, len(own), most):
+            yield {row: given for one in own[start : start + most] for row, given in one.items()}

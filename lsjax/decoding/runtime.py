@@ -178,15 +178,18 @@ class Runtime:
         slots = self.capacity(total, strategy)
         return num_bytes(self.model), self._cache_bytes(slots, strategy, None)
 
-    def check_memory(self, first: int, total: int, strategy: Strategy, held: int = 0) -> None:
+    def check_memory(
+        self, first: int, total: int, strategy: Strategy, held: int = 0, beside: int = 1
+    ) -> None:
         """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`
         tokens and end with `total`: the last one, and the one before it, while it grows. held:
-        bytes in use on each device that are freed first."""
+        bytes in use on each device that are freed first. beside: tokens of prompts that are read
+        side by side; at least a row is read beside a batch."""
         free, last = free_memory() + held, self.capacity(total, strategy)
         slots = last
         if self.capacity(first, strategy) < last:
             slots += self.capacity(last // 2 - strategy.slack, strategy)
-        needed = self._cache_bytes(slots, strategy, self.mesh)
+        needed = self._cache_bytes(slots, strategy, self.mesh, beside)
         check(
             needed <= free,
             f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
@@ -194,9 +197,11 @@ class Runtime:
             "or shorten the prompts",
         )
 
-    def _cache_bytes(self, slots: int, strategy: Strategy, mesh: Mesh | None) -> int:
-        """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
-        rows = self.batch_size + (self.batch_size > 1)
+    def _cache_bytes(
+        self, slots: int, strategy: Strategy, mesh: Mesh | None, beside: int = 1
+    ) -> int:
+        """On each device of a mesh. A batch has extra rows, which read the next prompts."""
+        rows = self.batch_size + (-(-beside // slots) if self.batch_size > 1 else 0)
         cache = self.cache_shapes(rows, slots, strategy.depth(self.model))
         if mesh is None:
             return num_bytes(cache)

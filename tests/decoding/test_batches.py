@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, Sampling
+from lsjax.decoding import runtime
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.calls import Calls
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import fill
-from lsjax.decoding.prompts import Prompts
+from lsjax.decoding.prompts import Prompts, side_by_side
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
@@ -106,6 +107,29 @@ def test_a_chunk_of_many_prompts_has_a_limit():
     short = Prompts.of({n: Request(prompt=[n]) for n in range(3)}, 4, 128, 6)
     assert (short.tokens_US.shape, short.chunk) == ((6, 32), 32)
     assert short.length_U.tolist() == [1] * 6
+
+
+def test_a_call_reads_prompts_of_similar_length_up_to_a_limit():
+    """8,192 tokens: 16 prompts of 512 slots. Rows with the same prompt stay together."""
+    lengths = [300 + row % 40 for row in range(80)]
+    taken = {row: (9, Request(prompt=[3] * length)) for row, length in enumerate([*lengths, 20])}
+    parts = [sorted(part) for part in side_by_side(taken)]
+    assert [len(part) for part in parts] == [32, 32, 16, 1]
+    assert parts[0] == [*range(16), *range(40, 56)]
+    assert parts[-1] == [80]
+
+
+def test_memory_of_prompts_that_are_read_side_by_side(model, tokenizer, monkeypatch):
+    """2 layers of 2 K/V heads of 16 numbers, keys and values, 4 bytes: 512 bytes a slot. 4 rows of
+    320 slots for 200 new tokens, and 8,192 slots beside them. By itself a prompt has one row."""
+    slots = {False: (4 + 1) * 320, True: (4 + 26) * 320}  # 256 and 64
+    for long_lived, needed in slots.items():
+        engine = Engine(model, tokenizer, batch_size=4, long_lived=long_lived)
+        monkeypatch.setattr(runtime, "free_memory", lambda needed=needed: 512 * needed)
+        engine.batch([[1]], max_new_tokens=200)
+        monkeypatch.setattr(runtime, "free_memory", lambda needed=needed: 512 * needed - 1)
+        with pytest.raises(ConfigError, match="texts of 201 tokens needs"):
+            engine.batch([[1]], max_new_tokens=200)
 
 
 def test_side_by_side_no_cache_is_copied(model, tokenizer):
