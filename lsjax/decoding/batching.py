@@ -6,8 +6,9 @@ row 0      0 0 0 0 3 3 3 3        rounds run until a row ends; the next request 
 row 1      1 1 2 2 2 2 4 4  -> t  while the others wait for its prompt only
 
 The cache begins with room for the prompts. If a row has no room for another round, cache and
-buffers grow to the next capacity. The rows continue with the program for that capacity. A
-batch of a long-lived engine reads the prompts of several free rows side by side (`fill`), equal
+buffers grow to the next capacity. The rows continue with the program for that capacity.
+
+A batch of a long-lived engine reads the prompts of several free rows side by side (`fill`), equal
 ones once. Once no request waits, it leaves out its ended rows, half of the rows at a time.
 """
 

@@ -54,7 +54,7 @@ class Calls:
 
     def reading(self, unread: int, capacity: int) -> partial:
         """What reads a prompt with so many unread tokens in a state of one row."""
-        return partial(prefill, chunk=chunk_size(unread, capacity), **self._places)
+        return partial(prefill, chunk=chunk_size(unread, capacity), **self._layers)
 
     def filling(self, taken: Admitted, state: DecodeState, cache: Callable | None = None) -> tuple:
         """The call that reads these requests' prompts, side by side and equal ones once. cache:
@@ -64,9 +64,8 @@ class Calls:
         multiple = 1 if mesh is None else mesh.shape["data"]
         prompts = Prompts.of(requests, rows, state.capacity, multiple)
         empty = (cache or self.new_cache)(*prompts.tokens_US.shape)
-        new = [requests.get(row, FILLER) for row in range(rows)]
-        new = self.rows_of(new, None, state.capacity)
-        function = partial(fill, chunk=prompts.chunk, **self._places)
+        new = self.rows_of([requests.get(row, FILLER) for row in range(rows)], None, state.capacity)
+        function = partial(fill, chunk=prompts.chunk, **self._layers)
         return function, state, new, placed(prompts, mesh)._replace(cache=empty)
 
     def growing(self, longest: int) -> partial:
@@ -77,7 +76,8 @@ class Calls:
         self, requests: Sequence[Request], rows: int, capacity: int, fills: bool, known: bool
     ) -> list[tuple]:
         """The first calls for these requests, with shapes in place of a cache. capacity: of a
-        batch's rows. fills: prompts are read side by side. known: a part of the prompt is."""
+        batch's rows. fills: prompts are read side by side. known: the first prompt's beginning is
+        in a cache."""
         prompt = requests[0].prompt
         if rows == 1:
             capacity = self.capacity(len(prompt) + 1)
@@ -89,14 +89,18 @@ class Calls:
             state = state.with_cache(shapes(rows, capacity))
         arguments = self._runtime.plain_arguments(self._strategy)
         calls = [(self.loop, state, np.int32(0), arguments)]
-        calls += [(self.pause, state)] if self.pause else []
+        if self.pause:
+            calls.append((self.pause, state))
         if fills:
-            taken = next(side_by_side(dict(enumerate(enumerate(requests[:rows])))))
-            return [*calls, self.filling(taken, state, shapes)]
-        calls += [(partial(insert), state, single, np.int32(0))] if rows > 1 else []
-        calls += [] if known else [(self.reading(len(prompt), capacity), single, np.int32(0))]
+            begin = {row: (row, request) for row, request in enumerate(requests[:rows])}
+            return [*calls, self.filling(next(side_by_side(begin)), state, shapes)]
+        if rows > 1:
+            calls.append((partial(insert), state, single, np.int32(0)))
+        if not known:
+            calls.append((self.reading(len(prompt), capacity), single, np.int32(0)))
         return calls
 
     @property
-    def _places(self) -> dict:
+    def _layers(self) -> dict:
+        """What prompts run through."""
         return dict(depth=self.depth, exits=self.exits)

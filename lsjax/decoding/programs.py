@@ -93,8 +93,9 @@ def fill(
     depth: int,
     exits: tuple[int, ...] = (),
 ) -> DecodeState:
-    """The batch with the rows of `new` that have a prompt, which has no cache yet. Each prompt is
-    read once, `chunk` positions at a time. depth, exits: as for `read_prompts`."""
+    """The batch, in which the rows of `new` that have a prompt replace others. `new` has no cache
+    yet. Each prompt is read once, `chunk` positions at a time, for all rows that begin with it.
+    depth, exits: as for `read_prompts`."""
     given = prompts.tokens_US, prompts.length_U, prompts.cache, 0
     cache, last_UD = read_prompts(model, *given, chunk=chunk, depth=depth, exits=exits)
     is_new_B, source_B = prompts.source_B >= 0, jnp.maximum(prompts.source_B, 0)

@@ -11,9 +11,11 @@ from lsjax.model.protocol import Cache
 
 # A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
-SIDE_BY_SIDE = 2048  # most tokens of a chunk of several prompts: more take no less time each
+# Most tokens of a chunk of several prompts. Far fewer make computing take longer than reading the
+# weights, so a larger chunk would only take more memory.
+SIDE_BY_SIDE = 2048
 TOGETHER = 4 * SIDE_BY_SIDE  # most tokens of prompts that a call reads, in a cache of their own
-Admitted = dict[int, tuple[int, Request]]  # rows with the requests that begin there, and indices
+Admitted = dict[int, tuple[int, Request]]  # requests with their indices, by their rows
 
 
 def chunk_size(unread: int, capacity: int) -> int:
@@ -34,8 +36,8 @@ class Prompts(NamedTuple):
     def of(
         cls, requests: Mapping[int, Request], rows: int, capacity: int, multiple: int
     ) -> "Prompts":
-        """Those of the requests for these rows of a batch with `capacity` slots. U and S are powers
-        of two, so that few programs are needed, but U is a multiple of `multiple`."""
+        """Prompts of requests, by their rows of a batch with `capacity` slots. S is a power of two
+        or the capacity. U is a power of two times `multiple`. So few programs are needed."""
         different = {tuple(one.prompt): 0 for one in requests.values()}
         number, longest = multiple, max(map(len, different))
         while number < len(different):
@@ -63,7 +65,8 @@ def slots_of(length: int) -> int:
 
 
 def side_by_side(taken: Admitted) -> Iterator[Admitted]:
-    """The parts of requests whose prompts one call reads: similar lengths, and few enough."""
+    """Parts whose prompts one call reads: they have similar lengths, and TOGETHER tokens at most. A
+    longer prompt is read by itself."""
     sizes: dict[int, dict[tuple[int, ...], Admitted]] = {}
     for row, given in taken.items():
         prompt = tuple(given[1].prompt)
