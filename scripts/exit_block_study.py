@@ -5,9 +5,10 @@
         --output build/evidence/exit_blocks
 
 A chat model writes prompts and answers. Blocks are trained on some of the answers, and on all. Each
-is then measured on kinds of prompts that it was not trained on, in the model's chat template: how
-many first drafts are right, and how fast `auto` is with the blocks and without. The same command
-resumes. Prints a table, and writes it for scripts/results.py.
+is then measured on kinds of prompts that it was not trained on, in the model's chat template. How
+many tokens of the model's own answers does it propose? How many first drafts of rounds are right?
+How fast is `auto` with the blocks and without? The same command resumes. Prints a table, and writes
+it for scripts/results.py.
 """
 
 import json
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from evidence_list import TABLE
 from proofs.mixed_prompts import Arguments as Prompts, kinds_of_prompts
@@ -32,6 +34,7 @@ from lsjax.data.chat import Dialogue
 from lsjax.data.token_counts import read_counts
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.evaluation.exits import score_batches
 from lsjax.evaluation.intervals import Estimate, from_samples, ratio
 from lsjax.io.files import write_json
 from lsjax.reporting.machine import made_on
@@ -119,11 +122,40 @@ def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
     for kind in KINDS:
         asked = kinds_of_prompts(arguments)[kind]
         texts = [Dialogue(tokenizer).prompt(text.strip())[1] for text in asked]
+        answers, taken = seconds(arguments, model, tokenizer, vocabulary, texts)
         found[kind] = {
+            "agreement": agreed(arguments, model, vocabulary, texts, answers),
             "acceptance": accepted(arguments, model, tokenizer, vocabulary, texts),
-            "seconds": seconds(arguments, model, tokenizer, vocabulary, texts),
+            "seconds": taken,
         }
     return found
+
+
+def agreed(
+    arguments: Arguments,
+    model: lsjax.Llama,
+    vocabulary: lsjax.DraftVocabulary,
+    texts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> dict[int, Any]:
+    """By exit, for each text: the answer's tokens, and those that the block proposes."""
+    length = max(map(len, texts)) + arguments.new_tokens
+    batches = []
+    for text, answer in zip(texts, answers, strict=True):
+        row = [*text, *answer]
+        tokens, labels = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+        tokens[: len(row)] = row
+        asked = slice(len(text) - 1, len(row) - 1)  # positions whose next token is of the answer
+        labels[asked] = row[len(text) :]
+        batch = dict(tokens_BT=tokens, labels_BT=labels, positions_BT=np.arange(length))
+        batch["segments_BT"] = (np.arange(length) < len(row)).astype(np.int32)
+        batches.append({name: array[None] for name, array in batch.items()})
+    sums = score_batches(model, batches, dtype="float32", draft_ids_W=vocabulary.ids_W)
+    tokens, proposed_nE = sums.tokens_n.tolist(), sums.agreed_nE
+    return {
+        one: {"drafted": tokens, "accepted": proposed_nE[:, one - 1].tolist()}
+        for one in arguments.exits
+    }
 
 
 def accepted(
@@ -151,8 +183,8 @@ def seconds(
     tokenizer: Tokenizer,
     vocabulary: lsjax.DraftVocabulary,
     texts: Sequence[Sequence[int]],
-) -> dict[str, list[float]]:
-    """Seconds of each text, the median of the repeats. Strategies take turns."""
+) -> tuple[list[list[int]], dict[str, list[float]]]:
+    """The answers, and the seconds of each, the median of the repeats. Strategies take turns."""
     engine = lsjax.Engine(model, tokenizer)
     strategies = {
         "autoregressive": lsjax.Autoregressive(),
@@ -160,18 +192,19 @@ def seconds(
         "with": lsjax.Adaptive(arguments.exits, vocabulary),
     }
     taken: dict[str, list[list[float]]] = {name: [[] for _ in texts] for name in strategies}
+    answers: list[list[int]] = [[] for _ in texts]
     for repeat in range(-1, arguments.repeats):  # the first one compiles
         for number, text in enumerate(texts):
-            expected = None
             for name, strategy in strategies.items():
                 engine.use(strategy)
                 (one,) = engine.generate([text], max_new_tokens=arguments.new_tokens)
-                expected = expected or one.token_ids
-                if one.token_ids != expected:
+                answers[number] = answers[number] or one.token_ids
+                if one.token_ids != answers[number]:
                     raise SystemExit(f"{name} wrote another text: {one.text!r}")
                 if repeat >= 0:
                     taken[name][number].append(one.decode_seconds)
-    return {name: [statistics.median(each) for each in own] for name, own in taken.items()}
+    medians = {name: [statistics.median(each) for each in own] for name, own in taken.items()}
+    return answers, medians
 
 
 def figures_of(arguments: Arguments, number: int) -> dict[str, Any]:
@@ -180,22 +213,25 @@ def figures_of(arguments: Arguments, number: int) -> dict[str, Any]:
 
 
 def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
-    """Share of right first drafts by tokens, exit and kind."""
-    rows = [("answers", "their tokens", "exit", *KINDS, "all")]
+    """By tokens, exit and kind: the share of the answers that blocks propose. Then the share of
+    right first drafts, over all kinds: rounds often begin where drafts are hard."""
+    rows = [("answers", "their tokens", "exit", *KINDS, "all", "first drafts of rounds")]
     for number in sorted(arguments.answers):
         found = figures_of(arguments, number)
         for exit_layer in map(str, arguments.exits):
-            own = [found[kind]["acceptance"][exit_layer] for kind in KINDS]
-            shares = [share([one]).text() for one in own]
-            words = f"{number:,}", f"{found['tokens']:,}", exit_layer
-            rows.append((*words, *shares, share(own).text()))
+            own, first = (
+                [found[kind][what][exit_layer] for kind in KINDS]
+                for what in ("agreement", "acceptance")
+            )
+            shares = [share(part).text() for part in (*([one] for one in own), own, first)]
+            rows.append((f"{number:,}", f"{found['tokens']:,}", exit_layer, *shares))
     return rows
 
 
 def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
-    """Right first drafts of the rounds, with an interval from the texts."""
-    right, rounds = ([n for one in counts for n in one[name]] for name in ("accepted", "drafted"))
-    return from_samples(ratio, right, rounds, of="prompts")
+    """Share of right drafts, with an interval from the texts."""
+    right, drafts = ([n for one in counts for n in one[name]] for name in ("accepted", "drafted"))
+    return from_samples(ratio, right, drafts, of="prompts")
 
 
 def speed_rows(arguments: Arguments) -> list[tuple[str, ...]]:

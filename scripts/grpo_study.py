@@ -2,11 +2,11 @@
 
     python scripts/grpo_study.py --output build/evidence/grpo
 
-A small model learns with LayerSkip to add numbers step by step, and not well. GRPO (Shao et al.,
-2024) then rewards right answers. Rollouts are autoregressive or speculative, with the exits' loss
-as a term of the RL loss or without. A model without LayerSkip drafts with exit blocks, which stay
-as they are while the model learns. The same command resumes. Prints a table, and writes it for
-scripts/results.py, with a picture.
+A small model learns with LayerSkip to add numbers step by step, from texts with many mistakes. So
+it makes many itself. GRPO (Shao et al., 2024) then rewards right answers. Rollouts are
+autoregressive or speculative, with the exits' loss as a term of the RL loss or without. A model
+without LayerSkip drafts with exit blocks, which stay as they are while the model learns. The same
+command resumes. Prints a table, and writes it for scripts/results.py, with a picture.
 """
 
 import json
@@ -41,6 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 EXITS = (1, 2)
+MISTAKES = 0.5  # share of the training's additions that are wrong
 NEW = 64  # tokens of a text, at most
 # The policy's training: the quickstart's recipe on a smaller shape and on sums.
 TRAINING = """
@@ -84,7 +85,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 110
+    pretraining: int = 400
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
@@ -96,21 +97,23 @@ class Arguments:
     """Texts of each."""
     batch_size: int = 64
     """Rows that decode side by side."""
-    learning_rate: float = 3e-5
+    learning_rate: float = 1e-4
     """Learning rate of Adam."""
     every: int = 20
     """Steps between two counts of acceptance."""
 
 
-def sums(seed: int) -> Iterator[tuple[str, str]]:
-    """Sums of three numbers, and how they are added step by step."""
+def sums(seed: int, mistakes: float = 0.0) -> Iterator[tuple[str, str]]:
+    """Sums of three numbers, and how they are added step by step. mistakes: share of additions that
+    are one too many or too few."""
     draw = random.Random(seed)
     while True:
         numbers = [draw.randrange(1, 10) for _ in range(3)]
         total, steps = numbers[0], []
         for number in numbers[1:]:
-            steps.append(f"{total} and {number} make {total + number}")
-            total += number
+            wrong = draw.choice((-1, 1)) if draw.random() < mistakes else 0
+            steps.append(f"{total} and {number} make {total + number + wrong}")
+            total += number + wrong
         text = f"{', then '.join(steps)}, so the sum is {total}\n"
         yield f"{'+'.join(map(str, numbers))}: ", text
 
@@ -126,7 +129,7 @@ def main(arguments: Arguments) -> int:
     keep_compiled_programs()
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = sums(0)
+    pairs = sums(0, MISTAKES)
     rows = [dict(zip(("prompt", "text"), next(pairs), strict=True)) for _ in range(20_000)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, flags in MODELS.items():
@@ -186,7 +189,8 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         row |= {"loss": float(loss), "tokens": int(batch.mask_RT.sum())}
         if step % arguments.every == 0 or step == arguments.steps - 1:
             given = lsjax.unstacked(policy), tokenizer, counted, EXITS, 4
-            found = lsjax.acceptance(*given, max_new_tokens=NEW)
+            sampling = lsjax.Sampling(temperature=1.0, seed=1)
+            found = lsjax.acceptance(*given, max_new_tokens=NEW, sampling=sampling)
             row["accepted"] = {e: float(r[0]) for e, r in zip(EXITS, found.rate_EJ, strict=True)}
         rows.append(row)
         if step % arguments.every == 0:
