@@ -190,9 +190,10 @@ EXPERIMENTS = (
     Experiment(
         "grpo",
         "Does acceptance last in reinforcement learning?",
-        "8 layers of width 192 add three numbers step by step. GRPO rewards the right total, with "
-        "rollouts that are autoregressive or speculative. The exits' loss is a term of the RL loss "
-        "or not. Accepted: first drafts of greedy texts, by exit.",
+        "8 layers of width 192 learn to add three numbers step by step, from texts with many "
+        "mistakes. GRPO then rewards the right total, with rollouts that are autoregressive or "
+        "speculative. The exits' loss is a term of the RL loss or not. Exit blocks stay as they "
+        "are. Accepted: first drafts of texts at temperature 1, by exit.",
         "",
         program="python scripts/grpo_study.py",
     ),

@@ -4,11 +4,11 @@
         --topv2 topv2/test.tsv --code build/evidence/quickstart/runs/layerskip-0/prompts.jsonl \\
         --output build/evidence/exit_blocks
 
-A chat model writes prompts and answers. Blocks are trained on some of the answers, and on all. Each
-is then measured on kinds of prompts that it was not trained on, in the model's chat template. How
-many tokens of the model's own answers does it propose? How many first drafts of rounds are right?
-How fast is `auto` with the blocks and without? The same command resumes. Prints a table, and writes
-it for scripts/results.py.
+A chat model writes prompts and answers. Blocks are trained on some of the answers, on all, and on
+all with other texts (--texts). Each is then measured on other kinds of prompts, in the model's chat
+template. How many tokens of the model's own answers does it propose? How many first drafts of
+rounds are right? How fast is `auto` with the blocks and without? The same command resumes. Prints
+a table, and writes it for scripts/results.py.
 """
 
 import json
@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -43,6 +43,7 @@ from lsjax.reporting.markdown import table
 KINDS = ("questions", "requests", "code")
 BATCH, LENGTH = 8, 512  # rows and tokens of a step
 DRAFTS = 4  # of a round, when acceptance is counted
+PIECE, START = 1_600, 60  # characters of a piece of other texts, and of its prompt
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Arguments(Prompts):
     """The model, as it was released."""
     answers: tuple[int, ...] = (1_000, 3_000, 9_000)
     """Answers to train on, about 110 tokens each."""
+    texts: tuple[Path, ...] = ()
+    """Text files for one more training, beside the most answers. They cost no decoding."""
     exits: tuple[int, ...] = (2, 4)
     """Exits that get a block."""
     draft_vocab: int = 4_096
@@ -70,12 +73,11 @@ class Arguments(Prompts):
 def main(arguments: Arguments) -> int:
     """Makes what is missing, and prints the tables. Returns the exit code of what failed."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    code, began = 0, time.monotonic()
-    for number in sorted(arguments.answers):
-        code = code or make(arguments, number)
-        if code:
+    began = time.monotonic()
+    for variant in variants(arguments):
+        if code := make(arguments, variant):
             return code
-        print(f"{number} answers: {(time.monotonic() - began) / 60:.1f} minutes so far", flush=True)
+        print(f"{variant.title}: {(time.monotonic() - began) / 60:.1f} minutes so far", flush=True)
     lines = [*table(acceptance_rows(arguments)), "", *table(speed_rows(arguments)), ""]
     lines += table([("measured on", ""), *made_on().items()])
     (arguments.output / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
@@ -83,20 +85,48 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
-def make(arguments: Arguments, number: int) -> int:
-    """Answers, blocks and figures of one size. Returns the exit code of what failed."""
-    folder, run = arguments.output / "answers", arguments.output / f"blocks-{number}"
-    figures = arguments.output / f"figures-{number}.json"
+class Variant(NamedTuple):
+    """What a training reads."""
+
+    answers: int
+    texts: bool = False  # also the other texts
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        return f"{self.answers:,}" + " and texts" * self.texts
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.answers}" + "-texts" * self.texts
+
+
+def variants(arguments: Arguments) -> list[Variant]:
+    """All trainings, those with fewer answers first."""
+    numbers = sorted(arguments.answers)
+    return [*map(Variant, numbers), *([Variant(numbers[-1], True)] if arguments.texts else [])]
+
+
+def make(arguments: Arguments, variant: Variant) -> int:
+    """Answers, blocks and figures of a training. Returns the exit code of what failed."""
+    folder, run = arguments.output / "answers", arguments.output / f"blocks-{variant.name}"
+    figures = figures_file(arguments, variant)
     if figures.exists():
         return 0
-    model = arguments.model
+    model, number = arguments.model, variant.answers
     write = f"answers --model {model} --chat --num-prompts {number} --output {folder} "
     write += f"--batch-size 32 --dtype {arguments.dtype}"
-    steps = 600 + number // 7
+    paths, documents = f"{folder / ANSWERS}", number
+    if variant.texts:
+        others = arguments.output / "texts.jsonl"
+        documents += write_texts(arguments.texts, others)
+        paths += f" {others}"
+    steps = 600 + documents // 7
     train = f"train --config exit_blocks --workdir {run} --init-from {model} "
-    train += f"--data.tokenizer {model} --data.paths {folder / ANSWERS} "
-    train += f"--data.max-documents {number} --exit-blocks.keep-states --dtype {arguments.dtype} "
-    train += f"--exit-blocks.exits {' '.join(map(str, arguments.exits))} "
+    train += f"--data.tokenizer {model} --data.paths {paths} "
+    train += f"--data.max-documents {documents} --dtype {arguments.dtype} "
+    train += f"--exit-blocks.keep-states --exit-blocks.exits {' '.join(map(str, arguments.exits))} "
     train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} --num-steps {steps} "
     train += f"--batch-size {BATCH} --seq-len {LENGTH} --checkpoints.every {steps // 4} "
     train += f"--evaluation.every {steps}"
@@ -107,6 +137,20 @@ def make(arguments: Arguments, number: int) -> int:
             return found.returncode
     write_json(figures, measured(arguments, run))
     return 0
+
+
+def write_texts(files: Sequence[Path], output: Path) -> int:
+    """Writes rows with pieces of the files, and returns their number. A piece begins with its
+    prompt, which training does not count."""
+    rows = []
+    for file in files:
+        text = file.read_text()
+        for begin in range(0, len(text), PIECE):
+            prompt, rest = text[begin:][:START], text[begin:][START:PIECE]
+            if prompt.strip() and rest.strip():
+                rows.append({"prompt": prompt, "text": rest})
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
 
 
 def measured(arguments: Arguments, run: Path) -> dict[str, Any]:
@@ -207,24 +251,29 @@ def seconds(
     return answers, medians
 
 
-def figures_of(arguments: Arguments, number: int) -> dict[str, Any]:
-    """The measured figures of a size."""
-    return json.loads((arguments.output / f"figures-{number}.json").read_text())
+def figures_file(arguments: Arguments, variant: Variant) -> Path:
+    """The file of a training's figures."""
+    return arguments.output / f"figures-{variant.name}.json"
+
+
+def figures_of(arguments: Arguments, variant: Variant) -> dict[str, Any]:
+    """The measured figures of a training."""
+    return json.loads(figures_file(arguments, variant).read_text())
 
 
 def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """By tokens, exit and kind: the share of the answers that blocks propose. Then the share of
     right first drafts, over all kinds: rounds often begin where drafts are hard."""
     rows = [("answers", "their tokens", "exit", *KINDS, "all", "first drafts of rounds")]
-    for number in sorted(arguments.answers):
-        found = figures_of(arguments, number)
+    for variant in variants(arguments):
+        found = figures_of(arguments, variant)
         for exit_layer in map(str, arguments.exits):
             own, first = (
                 [found[kind][what][exit_layer] for kind in KINDS]
                 for what in ("agreement", "acceptance")
             )
             shares = [share(part).text() for part in (*([one] for one in own), own, first)]
-            rows.append((f"{number:,}", f"{found['tokens']:,}", exit_layer, *shares))
+            rows.append((variant.title, f"{found['tokens']:,}", exit_layer, *shares))
     return rows
 
 
@@ -237,13 +286,13 @@ def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
 def speed_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """Speedups of `auto` by kind, and with blocks over without."""
     rows = [("answers", "kind", "auto without blocks", "with blocks", "with over without")]
-    for number in sorted(arguments.answers):
-        found = figures_of(arguments, number)
+    for variant in variants(arguments):
+        found = figures_of(arguments, variant)
         for kind in KINDS:
             taken = found[kind]["seconds"]
             pairs = (("autoregressive", "without"), ("autoregressive", "with"), ("without", "with"))
             gains = [from_samples(ratio, taken[a], taken[b], of="prompts") for a, b in pairs]
-            rows.append((f"{number:,}", kind, *(f"{gain.text()}x" for gain in gains)))
+            rows.append((variant.title, kind, *(f"{gain.text()}x" for gain in gains)))
     return rows
 
 

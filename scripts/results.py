@@ -3,9 +3,11 @@
     python scripts/results.py
 
 A section stands between two comments with its name. Sections without a report or table in
-build/evidence keep what they have, so the experiments can be made on several days.
+build/evidence keep what they have, so the experiments can be made on several days. A picture with
+the experiment's name, such as grpo/grpo.png, is copied beside the page.
 """
 
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,9 +66,13 @@ def section(experiment: Experiment) -> list[str]:
     else:
         own = of_report(read_report(experiment.directory))
     text = wrap(experiment.text, COLUMNS, break_on_hyphens=False)
-    heading = [f"## {experiment.title}", "", *text, "", f"    {experiment.command}", ""]
+    lines = [f"## {experiment.title}", "", *text, "", f"    {experiment.command}", "", *own]
+    picture = experiment.directory / f"{experiment.name}.png"
+    if picture.exists():
+        shutil.copyfile(picture, PAGE.with_name(picture.name))
+        lines += ["", f"![{experiment.title}]({picture.name})"]
     paper = experiment.paper.strip().splitlines()
-    return [*heading, *own, *(["", *paper] if paper else [])]
+    return [*lines, *(["", *paper] if paper else [])]
 
 
 def of_report(report: Report) -> list[str]:

@@ -64,8 +64,12 @@ def test_a_table_of_another_experiment(scripts):
     last = evidence_list.EXPERIMENTS[-1]
     last.directory.mkdir(parents=True)
     (last.directory / evidence_list.TABLE).write_text("| recipe |\n|---|\n| best |\n")
+    picture = f"{last.name}.png"
+    (last.directory / picture).write_bytes(b"its picture")
     results.main()
-    assert "| recipe |\n|---|\n| best |\n" in Path("docs/results.md").read_text()
+    page = Path("docs/results.md").read_text()
+    assert f"| recipe |\n|---|\n| best |\n\n![{last.title}]({picture})\n" in page
+    assert Path("docs", picture).read_bytes() == b"its picture"
 
 
 def test_a_page_without_the_section_is_refused(scripts):

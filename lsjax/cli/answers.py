@@ -43,7 +43,7 @@ def answer(arguments: Arguments) -> None:
     check_sampling(arguments.sampling, 1)
     with waiting(notes, f"opening {arguments.model.name}"):
         model = open_model(arguments)
-    engine = load_engine(model, notes)
+    engine = load_engine(model, notes, long_lived=True)
     directory.mkdir(parents=True, exist_ok=True)
     check_asked(directory / ASKED, arguments, engine)
     file = arguments.prompt_file
