@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 import tyro
-from grpo_study import EXITS, reward, sums
+from grpo_study import EXITS, NEW, reward, sums
 from jax.sharding import Mesh
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> None:
             train_micro_batch_size=8,
         ),
         rollout_config=RolloutConfig(
-            max_tokens_to_generate=32, max_prompt_length=16, temperature=1.0, return_logprobs=True
+            max_tokens_to_generate=NEW, max_prompt_length=16, temperature=1.0, return_logprobs=True
         ),
     )
     actor, text = Actor(lsjax.load(arguments.model)), TunixTokenizer(tokenizer)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from grpo_study import EXITS, sums
+from grpo_study import EXITS, NEW, sums
 
 import lsjax
 from lsjax.cli.setup import exact_products
@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> int:
     engines = [lsjax.Rollouts(policy, tokenizer, one, batch_size=16) for one in strategies]
     asked = sums(3)
     prompts = [next(asked)[0] for _ in range(arguments.rollouts)]
-    options = dict(max_new_tokens=32, sampling=lsjax.Sampling(temperature=0.0))
+    options = dict(max_new_tokens=NEW, sampling=lsjax.Sampling(temperature=0.0))
     plain, drafted = (engine.generate(prompts, **options) for engine in engines)
     equal = sum(
         one.token_ids == two.token_ids
@@ -53,7 +53,7 @@ def main(arguments: Arguments) -> int:
     sampling = lsjax.Sampling(temperature=arguments.temperature, seed=7)
     for after in (False, True):
         batch = engines[1].generate(
-            prompts, max_new_tokens=32, sampling=sampling, sampled_log_probs=after
+            prompts, max_new_tokens=NEW, sampling=sampling, sampled_log_probs=after
         )
         temperature = arguments.temperature if after else 1.0
         expected_RT = lsjax.token_log_probs(policy, *batch.arrays, temperature=temperature)
