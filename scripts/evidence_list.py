@@ -193,7 +193,9 @@ EXPERIMENTS = (
         "8 layers of width 192 learn to add three numbers step by step, from texts with many "
         "mistakes. GRPO then rewards the right total, with rollouts that are autoregressive or "
         "speculative. The exits' loss is a term of the RL loss or not. Exit blocks stay as they "
-        "are. Accepted: first drafts of texts at temperature 1, by exit.",
+        "are. Accepted: first drafts of texts at temperature 1, by exit. These texts are easy to "
+        "draft, so this does not show what a harder task would do. Other programs ran beside some "
+        "of the trainings, so times are rough.",
         "",
         program="python scripts/grpo_study.py",
     ),

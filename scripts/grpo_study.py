@@ -264,23 +264,36 @@ def mean(values: list[float]) -> Estimate:
 
 
 def draw(arguments: Arguments) -> None:
-    """Rewards and acceptance by step."""
-    figure, (above, below) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in VARIANTS:
-        seeds = figures_of(arguments, name)
-        rewards = np.mean([[row["reward"] for row in own] for own in seeds], 0)
-        smooth = np.convolve(rewards, np.ones(10) / 10, "valid") if len(rewards) > 10 else rewards
-        above.plot(range(len(smooth)), smooth, label=name)
+    """Rewards, acceptance, and seconds of a group, by step."""
+    figure, (rewards, accepted, seconds) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    longest = 0.0  # of the last steps: the first ones compile
+    for number, name in enumerate(VARIANTS):
+        seeds, color = figures_of(arguments, name), f"C{number}"
+        for axes, field, middle in (
+            (rewards, "reward", np.mean),
+            (seconds, "seconds", np.median),
+        ):
+            values = middle([[row[field] for row in own] for own in seeds], 0)
+            windows = np.lib.stride_tricks.sliding_window_view(values, min(10, len(values)))
+            smooth = middle(windows, 1)
+            axes.plot(range(len(smooth)), smooth, color=color, label=name)
+        longest = max(longest, smooth[-1])
         for exit_layer, style in zip(EXITS, ("-", "--"), strict=True):
             counted = [row for row in seeds[0] if "accepted" in row]
             shares = [row["accepted"][str(exit_layer)] for row in counted]
-            steps = [row["step"] for row in counted]
-            below.plot(steps, shares, style, label=f"{name}, exit {exit_layer}")
-    above.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1), title="reward")
-    below.set(xlabel="step", ylabel="share of first drafts", ylim=(0, 1), title="accepted")
-    for axes in (above, below):
-        axes.legend(frameon=False, fontsize="small")
-    figure.savefig(arguments.output / "grpo.png", dpi=150)
+            steps, label = [row["step"] for row in counted], f"{name}, exit {exit_layer}"
+            accepted.plot(steps, shares, style, color=color, label=label)
+    rewards.set(ylabel="share of right answers", ylim=(0, 1.03), title="reward")
+    accepted.set(ylabel="share of first drafts", ylim=(0, 1.03), title="accepted, first seed")
+    seconds.set(ylabel="seconds of all groups of a step", ylim=(0, 2.5 * longest), title="rollouts")
+    for axes, place in (
+        (rewards, "lower right"),
+        (accepted, "lower right"),
+        (seconds, "upper right"),
+    ):
+        axes.set(xlabel="step")
+        axes.legend(frameon=False, fontsize="small", loc=place)
+    figure.savefig(arguments.output / "grpo.png", dpi=120)
 
 
 if __name__ == "__main__":
