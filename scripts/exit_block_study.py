@@ -98,7 +98,7 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Part of the names of its files."""
         return f"{self.answers}" + "-texts" * self.texts
 
 
