@@ -3,7 +3,7 @@
     python scripts/grpo_study.py --output build/evidence/grpo
 
 A small model learns with LayerSkip to add numbers step by step, from texts with many mistakes. So
-it makes many itself. GRPO (Shao et al., 2024) then rewards right answers. Rollouts are
+it makes mistakes too. GRPO (Shao et al., 2024) then rewards right answers. Rollouts are
 autoregressive or speculative, with the exits' loss as a term of the RL loss or without. A model
 without LayerSkip drafts with exit blocks, which stay as they are while the model learns. The same
 command resumes. Prints a table, and writes it for scripts/results.py, with a picture.
@@ -264,15 +264,13 @@ def mean(values: list[float]) -> Estimate:
 
 
 def draw(arguments: Arguments) -> None:
-    """Rewards, acceptance, and seconds of a group, by step."""
+    """Rewards, acceptance, and seconds of rollouts, by step."""
     figure, (rewards, accepted, seconds) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     longest = 0.0  # of the last steps: the first ones compile
     for number, name in enumerate(VARIANTS):
         seeds, color = figures_of(arguments, name), f"C{number}"
-        for axes, field, middle in (
-            (rewards, "reward", np.mean),
-            (seconds, "seconds", np.median),
-        ):
+        panels = (rewards, "reward", np.mean), (seconds, "seconds", np.median)
+        for axes, field, middle in panels:
             values = middle([[row[field] for row in own] for own in seeds], 0)
             windows = np.lib.stride_tricks.sliding_window_view(values, min(10, len(values)))
             smooth = middle(windows, 1)
@@ -286,12 +284,9 @@ def draw(arguments: Arguments) -> None:
     rewards.set(ylabel="share of right answers", ylim=(0, 1.03), title="reward")
     accepted.set(ylabel="share of first drafts", ylim=(0, 1.03), title="accepted, first seed")
     seconds.set(ylabel="seconds of all groups of a step", ylim=(0, 2.5 * longest), title="rollouts")
-    for axes, place in (
-        (rewards, "lower right"),
-        (accepted, "lower right"),
-        (seconds, "upper right"),
-    ):
+    for axes in (rewards, accepted, seconds):
         axes.set(xlabel="step")
+        place = "upper right" if axes is seconds else "lower right"
         axes.legend(frameon=False, fontsize="small", loc=place)
     figure.savefig(arguments.output / "grpo.png", dpi=120)
 
