@@ -2,8 +2,8 @@
 
     python scripts/grpo_study.py --output build/evidence/grpo
 
-A small model learns with LayerSkip to add numbers step by step, from texts with many mistakes. So
-it makes mistakes too. GRPO (Shao et al., 2024) then rewards right answers. Rollouts are
+A small model learns with LayerSkip to add numbers one by one, from texts with many mistakes. So it
+makes mistakes too. GRPO (Shao et al., 2024) then rewards right answers. Rollouts are
 autoregressive or speculative, with the exits' loss as a term of the RL loss or without. A model
 without LayerSkip drafts with exit blocks, which stay as they are while the model learns. The same
 command resumes. Prints a table, and writes it for scripts/results.py, with a picture.
@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 
 EXITS = (1, 2)
 MISTAKES = 0.5  # share of the training's additions that are wrong
-NEW = 64  # tokens of a text, at most
+NEW = 32  # tokens of a text, at most
 # The policy's training: the quickstart's recipe on a smaller shape and on sums.
 TRAINING = """
     --config quickstart --model.vocab-size 258 --model.num-layers 8 --model.hidden-size 192
@@ -85,7 +85,7 @@ class Arguments:
 
     output: Path
     """Folder of runs and figures."""
-    pretraining: int = 400
+    pretraining: int = 500
     """Steps of the policy before GRPO."""
     steps: int = 200
     """Steps of GRPO."""
@@ -104,24 +104,23 @@ class Arguments:
 
 
 def sums(seed: int, mistakes: float = 0.0) -> Iterator[tuple[str, str]]:
-    """Sums of three numbers, and how they are added step by step. mistakes: share of additions that
-    are one too many or too few."""
+    """Sums of three numbers below 20, and how they are added one by one, such as "5+19=24, 24+8=32".
+    mistakes: share of additions that are one too many or too few."""
     draw = random.Random(seed)
     while True:
-        numbers = [draw.randrange(1, 10) for _ in range(3)]
+        numbers = [draw.randrange(1, 20) for _ in range(3)]
         total, steps = numbers[0], []
         for number in numbers[1:]:
             wrong = draw.choice((-1, 1)) if draw.random() < mistakes else 0
-            steps.append(f"{total} and {number} make {total + number + wrong}")
+            steps.append(f"{total}+{number}={total + number + wrong}")
             total += number + wrong
-        text = f"{', then '.join(steps)}, so the sum is {total}\n"
-        yield f"{'+'.join(map(str, numbers))}: ", text
+        yield f"{'+'.join(map(str, numbers))}: ", f"{', '.join(steps)}\n"
 
 
 def reward(prompt: str, text: str) -> float:
     """1 for the right total, 0 otherwise."""
     total = sum(map(int, prompt.removesuffix(": ").split("+")))
-    return float(text.strip().rpartition(" ")[2] == str(total))
+    return float(text.strip().rpartition("=")[2] == str(total))
 
 
 def main(arguments: Arguments) -> int:
@@ -168,7 +167,7 @@ def trained(arguments: Arguments, name: str, seed: int) -> list[dict[str, Any]]:
         lsjax.unstacked(policy), tokenizer, strategy, batch_size=arguments.batch_size
     )
     asked, others = sums(1_000 + seed), sums(1)
-    counted = [next(others)[0] for _ in range(16)]
+    counted = [next(others)[0] for _ in range(64)]
     for step in range(arguments.steps):
         prompts = [next(asked)[0] for _ in range(arguments.prompts)]
         rollouts.use(lsjax.unstacked(policy))
