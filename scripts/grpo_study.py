@@ -104,8 +104,8 @@ class Arguments:
 
 
 def sums(seed: int, mistakes: float = 0.0) -> Iterator[tuple[str, str]]:
-    """Sums of three numbers below 20, and how they are added one by one, such as "5+19=24, 24+8=32".
-    mistakes: share of additions that are one too many or too few."""
+    """Sums of three numbers below 20, added one by one, such as "5+19=24, 24+8=32". mistakes: share
+    of additions that are one too many or too few."""
     draw = random.Random(seed)
     while True:
         numbers = [draw.randrange(1, 20) for _ in range(3)]
