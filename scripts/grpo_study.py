@@ -73,7 +73,8 @@ class Variant(NamedTuple):
 VARIANTS = {
     "autoregressive": Variant(lsjax.Autoregressive()),
     "speculative": Variant(),
-    "speculative, exit loss": Variant(exit_weight=0.1),
+    "speculative, exit loss 0.1": Variant(exit_weight=0.1),
+    "speculative, exit loss 1": Variant(exit_weight=1.0),
     "speculative, exit blocks": Variant(model="blocks"),
 }
 REPEATED = ("autoregressive", "speculative")  # with each seed
@@ -278,14 +279,14 @@ def draw(arguments: Arguments) -> None:
         for exit_layer, style in zip(EXITS, ("-", "--"), strict=True):
             counted = [row for row in seeds[0] if "accepted" in row]
             shares = [row["accepted"][str(exit_layer)] for row in counted]
-            steps, label = [row["step"] for row in counted], f"{name}, exit {exit_layer}"
+            steps = [row["step"] for row in counted]
+            label = None if number else f"exit {exit_layer}, colours as at the left"
             accepted.plot(steps, shares, style, color=color, label=label)
     rewards.set(ylabel="share of right answers", ylim=(0, 1.03), title="reward")
-    accepted.set(ylabel="share of first drafts", ylim=(0, 1.03), title="accepted, first seed")
+    accepted.set(ylabel="share of first drafts", ylim=(0.7, 1.01), title="accepted, first seed")
     seconds.set(ylabel="seconds of all groups of a step", ylim=(0, 2.5 * longest), title="rollouts")
-    for axes in (rewards, accepted, seconds):
+    for axes, place in (rewards, "upper left"), (accepted, "lower right"), (seconds, "upper right"):
         axes.set(xlabel="step")
-        place = "upper right" if axes is seconds else "lower right"
         axes.legend(frameon=False, fontsize="small", loc=place)
     figure.savefig(arguments.output / "grpo.png", dpi=120)
 

@@ -6,7 +6,8 @@
         --output build/evidence/rollout_speed
 
 All write texts of the same policy, whose ends make a tail. They take turns. Tunix decodes all rows
-at once until the last one ends. Prints a table, and writes it for scripts/results.py.
+at once until the last one ends. A speedup is over autoregressive rollouts with as many rows. Prints
+a table, and writes it for scripts/results.py.
 """
 
 import statistics
@@ -34,6 +35,7 @@ from lsjax.reporting.markdown import table
 from lsjax.rollouts.tunix import TunixTokenizer
 
 PROMPT = 16  # tokens of a prompt, at most
+BATCH_SIZES = (4, 16)  # rows, and as many as there are texts
 WARM_UP = 8  # batches that are not timed: each number of rows has its programs
 Generate = Callable[[list[str], int], int]  # prompts and a seed, to the number of new tokens
 
@@ -68,12 +70,12 @@ def main(arguments: Arguments) -> int:
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - began)
                 tokens[name] += number
-    base = statistics.median(seconds["autoregressive"])
     texts = arguments.prompts * arguments.group
     lines = [("rollouts", f"seconds for {texts} texts", "lowest", "highest", "tokens/s", "speedup")]
     for name, own in seconds.items():
         median = statistics.median(own)
         figures = (f"{value:.3f}" for value in (median, min(own), max(own)))
+        base = statistics.median(seconds[f"autoregressive, {name.rpartition(', ')[2]}"])
         lines.append((name, *figures, f"{tokens[name] / sum(own):.0f}", f"{base / median:.2f}x"))
     text = "\n".join([*table(lines), "", *table([("measured on", ""), *made_on().items()])])
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -91,14 +93,9 @@ def ways_of(arguments: Arguments) -> Mapping[str, Generate]:
         "autoregressive": lsjax.Autoregressive(),
         "speculative": lsjax.Adaptive(EXITS),
     }.items():
-        for words, batch_size, long_lived in (
-            ("", 16, True),
-            (", prompts one by one", 16, False),
-            (f", {rows} rows", rows, True),
-        ):
-            settings = dict(batch_size=batch_size, long_lived=long_lived)
-            engine = lsjax.Rollouts(policy, tokenizer, strategy, **settings)
-            found[name + words] = partial(ours, engine, arguments.group)
+        for batch_size in (*BATCH_SIZES, rows):
+            engine = lsjax.Rollouts(policy, tokenizer, strategy, batch_size=batch_size)
+            found[f"{name}, {batch_size} rows"] = partial(ours, engine, arguments.group)
     found[f"Tunix's vanilla, {rows} rows"] = partial(
         tunix_s, tunix_engine(arguments, policy, tokenizer), arguments.group
     )
