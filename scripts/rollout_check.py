@@ -4,8 +4,8 @@
     python scripts/rollout_check.py --model build/evidence/grpo/policy
 
 Greedy texts must equal autoregressive ones. Log-probabilities of sampled ones must be those of one
-forward pass within 1e-4, before the temperature and after it. All in float32. Exits with 1
-otherwise.
+forward pass within 1e-4, before the temperature and after it. The texts of a large group must have
+the policy's distribution, by a chi-squared test. All in float32. Exits with 1 otherwise.
 """
 
 import sys
@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 from grpo_study import EXITS, NEW, sums
+from scipy.stats import chisquare
 
 import lsjax
 from lsjax.cli.setup import exact_products
 
 LIMIT = 1e-4
+REJECTED = 0.001  # p-value
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Arguments:
     """Texts."""
     temperature: float = 0.8
     """Of the sampled texts."""
+    group: int = 4_096
+    """Texts of one prompt, whose distribution is tested."""
 
 
 def main(arguments: Arguments) -> int:
@@ -64,7 +68,26 @@ def main(arguments: Arguments) -> int:
             f"difference {difference:.1e}"
         )
         good &= difference <= LIMIT
+    for prompt in prompts[:3]:
+        p_value, classes = distribution(engines[1], prompt, arguments.group)
+        print(f"{arguments.group} texts of {prompt!r} in {classes} classes: p-value {p_value:.3f}")
+        good &= p_value > REJECTED
     return int(not good)
+
+
+def distribution(rollouts: lsjax.Rollouts, prompt: str, group: int) -> tuple[float, int]:
+    """p-value of the texts of a group, and its classes: each text that is expected at least five
+    times, and the others together."""
+    batch = rollouts.generate([prompt], group_size=group, max_new_tokens=NEW)
+    _, rows, counts = np.unique(batch.texts, return_index=True, return_counts=True)
+    arrays = (array[rows] for array in batch.arrays)
+    log_probs_RT = np.asarray(lsjax.token_log_probs(rollouts.engine.model, *arrays), np.float64)
+    expected = group * np.exp(log_probs_RT.sum(1))
+    often = expected >= 5
+    seen, expected = (
+        np.append(values[often], group - values[often].sum()) for values in (counts, expected)
+    )
+    return chisquare(seen, expected).pvalue, len(seen)
 
 
 if __name__ == "__main__":
