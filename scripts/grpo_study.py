@@ -74,7 +74,6 @@ VARIANTS = {
     "autoregressive": Variant(lsjax.Autoregressive()),
     "speculative": Variant(),
     "speculative, exit loss 0.1": Variant(exit_weight=0.1),
-    "speculative, exit loss 1": Variant(exit_weight=1.0),
     "speculative, exit blocks": Variant(model="blocks"),
 }
 REPEATED = ("autoregressive", "speculative")  # with each seed
