@@ -192,9 +192,9 @@ EXPERIMENTS = (
         "Does acceptance last in reinforcement learning?",
         "8 layers of width 192 learn to add three numbers one by one, from texts with many "
         "mistakes. GRPO then rewards the right total, with rollouts that are autoregressive or "
-        "speculative. The exits' loss is a term of the RL loss with weight 0.1, or not. Exit blocks "
-        "stay as they are. Accepted: first drafts of texts at temperature 1, by exit. A text has "
-        "19 tokens.",
+        "speculative. The exits' loss is a term of the RL loss with weight 0.1, or not. Exit "
+        "blocks stay as they are. Accepted: first drafts of texts at temperature 1, by exit. A "
+        "text has 19 tokens.",
         "",
         program="python scripts/grpo_study.py",
     ),
