@@ -195,7 +195,7 @@ EXPERIMENTS = (
         "speculative. The exits' loss is a term of the RL loss with weight 0.1, or not. Exit "
         "blocks stay as they are. Accepted: first drafts of texts at temperature 1, by exit. A "
         "text has 19 tokens. Numbers below 20 were chosen after trials with others: with numbers "
-        "below 30 rewards did not rise in 150 steps, as the policy did not know the sums.",
+        "below 30 rewards did not rise in 150 steps.",
         "",
         program="python scripts/grpo_study.py",
     ),
@@ -204,8 +204,8 @@ EXPERIMENTS = (
         "Seconds of a group of rollouts",
         "The policy that scripts/grpo_study.py trains writes 8 texts for each of 8 prompts, in 4, "
         "16 or 64 rows. Rows that end leave the batch. Tunix decodes all rows until the last one "
-        "ends. Speedups compare medians with those of autoregressive rollouts in as many rows. Single "
-        "batches differ by more than most of these speedups.",
+        "ends. Speedups compare medians with those of autoregressive rollouts in as many rows. "
+        "Single batches differ by more than most of these speedups.",
         "--policy build/evidence/grpo/policy",
         program="python scripts/rollout_speed.py",
         needs=("build/evidence/grpo/policy",),
