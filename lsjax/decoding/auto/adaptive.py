@@ -27,7 +27,7 @@ from lsjax.decoding.strategy import Speculative, with_next_token
 from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
 from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes
 
-# Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
+# Rounds from one score of all exits to the next, at least, and the share of bytes for scores.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
 # Tokens that accelerators make without a choice, after a choice to draft nothing.
 IDLE_TOKENS = 3
@@ -91,8 +91,9 @@ class Adaptive(Speculative):
         """Rounds from one score of all exits to the next."""
         ids_W = np.arange(self.draft_vocab or model.vocab_size)
         rows = jax.eval_shape(lambda model: model.head_rows(ids_W), model)
-        heads = len(self.exits) * num_bytes(rows)
-        return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * bytes_per_token(model))))
+        # A score reads a head for each exit, and exit blocks once more.
+        read = len(self.exits) * num_bytes(rows) + num_bytes(getattr(model, "exit_blocks", ()))
+        return max(SCORED_EVERY, math.ceil(read / (SCORES_SHARE * bytes_per_token(model))))
 
     def first_guess(self, batch: int) -> Learned:
         """Counts before the first round."""
