@@ -132,7 +132,7 @@ def make(arguments: Arguments, variant: Variant) -> int:
         train += f"--config continual_smollm2_135m {DATA} --data.allow-special "
         train += f"--batch-size {ROWS} --seq-len {TOKENS} --optimizer.warmup-steps {steps // 20} "
     else:
-        steps = 600 + documents // 7
+        steps = 150 + 2 * documents // 5
         exits = " ".join(map(str, arguments.exits))
         train += f"--config exit_blocks --exit-blocks.keep-states --exit-blocks.exits {exits} "
         train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} "
