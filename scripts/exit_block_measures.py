@@ -74,7 +74,7 @@ class Measured(NamedTuple):
         }
         taken: dict[str, list[list[float]]] = {name: [[] for _ in texts] for name in strategies}
         answers: list[list[int]] = [[] for _ in texts]
-        for repeat in range(-1, self.repeats):  # the first one compiles
+        for _ in range(self.repeats):
             for number, text in enumerate(texts):
                 for name, strategy in strategies.items():
                     engine.use(strategy)
@@ -82,8 +82,7 @@ class Measured(NamedTuple):
                     answers[number] = answers[number] or one.token_ids
                     if one.token_ids != answers[number]:
                         raise SystemExit(f"{name} wrote another text: {one.text!r}")
-                    if repeat >= 0:
-                        taken[name][number].append(one.decode_seconds)
+                    taken[name][number].append(one.decode_seconds)  # without compiling
         medians = {name: [statistics.median(each) for each in own] for name, own in taken.items()}
         return answers, medians
 
