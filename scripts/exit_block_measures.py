@@ -31,11 +31,16 @@ class Measured(NamedTuple):
     new_tokens: int  # of each text
     repeats: int  # timed texts of each prompt and strategy
 
-    def kind(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Counts of drafts, and seconds of texts, of the answers to some prompts."""
+    def kind(self, prompts: Sequence[str], timed: bool) -> dict[str, Any]:
+        """Counts of drafts of the answers to some prompts, and seconds if `timed`."""
         dialogue = Dialogue(self.tokenizer)
         texts = [dialogue.prompt(prompt.strip())[1] for prompt in prompts]
-        answers, seconds = self.seconds(texts)
+        if timed:
+            answers, seconds = self.seconds(texts)
+        else:
+            engine = lsjax.Engine(self.model, self.tokenizer, batch_size=len(texts))
+            found = engine.generate(texts, max_new_tokens=self.new_tokens)
+            answers, seconds = [one.token_ids for one in found], {}
         agreement = self.agreed(texts, answers)
         return dict(agreement=agreement, acceptance=self.accepted(texts), seconds=seconds)
 

@@ -7,9 +7,9 @@
 A chat model writes prompts and answers. Blocks are trained on some of the answers, on all, and on
 all with other texts (--texts). Each is then measured on other kinds of prompts, in the model's chat
 template. How many tokens of the model's own answers does it propose? How many first drafts of
-rounds are right? How fast is `auto` with the blocks and without? Then the same model is finetuned
-with LayerSkip on the same data. The same command resumes. Prints tables, and writes them for
-scripts/results.py.
+rounds are right? How fast is `auto` with the blocks of the most data, and without? Then the same
+model is finetuned with LayerSkip on the same data. The same command resumes. Prints tables, and
+writes them for scripts/results.py.
 """
 
 import json
@@ -38,7 +38,7 @@ from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 
 KINDS = ("questions", "requests", "code")
-BATCH, LENGTH = 8, 512  # rows and tokens of a step of blocks
+BATCH, LENGTH, MOST_STEPS = 8, 512, 1_100  # rows and tokens of a step of blocks, and steps
 ROWS, TOKENS = 4, 192  # of one with LayerSkip
 DATA = "--data.source jsonl --data.prompt-template {prompt} --data.response-template {text} "
 
@@ -112,6 +112,11 @@ def variants(arguments: Arguments) -> list[Variant]:
     return [*found, found[-1]._replace(layerskip_steps=steps)] if steps else found
 
 
+def fastest(arguments: Arguments) -> list[Variant]:
+    """Those that are timed: the blocks with the most data, and LayerSkip."""
+    return variants(arguments)[-2 if arguments.layerskip_steps else -1 :]
+
+
 def make(arguments: Arguments, variant: Variant) -> int:
     """Answers, a training and figures. Returns the exit code of what failed."""
     folder, run = arguments.output / "answers", arguments.output / f"run-{variant.name}"
@@ -132,7 +137,7 @@ def make(arguments: Arguments, variant: Variant) -> int:
         train += f"--config continual_smollm2_135m {DATA} --data.allow-special "
         train += f"--batch-size {ROWS} --seq-len {TOKENS} --optimizer.warmup-steps {steps // 20} "
     else:
-        steps = 150 + 2 * documents // 5
+        steps = min(150 + 2 * documents // 5, MOST_STEPS)
         exits = " ".join(map(str, arguments.exits))
         train += f"--config exit_blocks --exit-blocks.keep-states --exit-blocks.exits {exits} "
         train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} "
@@ -176,7 +181,8 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     if arguments.texts:
         found["last loss"] = own.last_loss(pieces_of(arguments.texts)[1])
     asked = kinds_of_prompts(arguments)
-    return found | {kind: own.kind(asked[kind]) for kind in KINDS}
+    timed = variant in fastest(arguments)
+    return found | {kind: own.kind(asked[kind], timed) for kind in KINDS}
 
 
 def figures_file(arguments: Arguments, variant: Variant) -> Path:
@@ -219,7 +225,7 @@ def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
 def speed_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """Speedups of `auto` by kind, and with exits over without. The last row is of all kinds."""
     rows = [("trained", "kind", "auto without exits", "with exits", "with over without")]
-    for variant in variants(arguments):
+    for variant in fastest(arguments):
         found = figures_of(arguments, variant)
         for kind in (*KINDS, "all"):
             each = [found[one]["seconds"] for one in (KINDS if kind == "all" else [kind])]
