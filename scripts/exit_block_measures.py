@@ -59,7 +59,7 @@ class Measured(NamedTuple):
         """By exit, for each text: the rounds, and those whose first draft was right."""
         given = self.model, self.tokenizer, texts, self.exits, DRAFTS
         options = dict(max_new_tokens=self.new_tokens, vocabulary=self.vocabulary)
-        one = lsjax.acceptance(*given, **options)
+        one = lsjax.acceptance(*given, **options, batch_size=len(texts))
         return {
             exit_layer: {
                 "drafted": one.drafted_nEJ[:, at, 0].tolist(),
