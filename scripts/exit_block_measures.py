@@ -12,11 +12,11 @@ import numpy as np
 import lsjax
 from lsjax.data.chat import Dialogue
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.evaluation.exits import score_batches
+from lsjax.evaluation.exits import score_batches, score_texts
 
 DRAFTS = 4  # of a round, when acceptance is counted
 PIECE, START = 1_600, 60  # characters of a piece of other texts, and of its prompt
-HELD_OUT = 48  # one of so many pieces is not trained on
+HELD_OUT = 96  # one of so many pieces is not trained on
 
 Texts = Sequence[Sequence[int]]
 
@@ -94,9 +94,11 @@ class Measured(NamedTuple):
     def last_loss(self, pieces: Sequence[str]) -> float:
         """Loss of the last exit on texts that others wrote, in nats a token."""
         ids = [self.tokenizer.encode(piece) for piece in pieces]
-        batches = labelled([one[:1] for one in ids], [one[1:] for one in ids])
-        sums = score_batches(self.model, batches, dtype="float32")
-        return float(sums.loss_nE[:, -1].sum() / sums.tokens_n.sum())
+        counts = [len(one) - 1 for one in ids]
+        layers = self.model.num_layers
+        given = [*zip(ids, counts, strict=True)]
+        scores = score_texts(self.model, given, exit_layer=layers, batch_size=4)
+        return -sum(log_prob for log_prob, _ in scores) / sum(counts)
 
 
 def labelled(texts: Texts, answers: Texts) -> list[dict[str, np.ndarray]]:
