@@ -38,7 +38,7 @@ from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 
 KINDS = ("questions", "requests", "code")
-BATCH, LENGTH, MOST_STEPS = 8, 512, 1_100  # rows and tokens of a step of blocks, and steps
+BATCH, LENGTH, MOST_STEPS = 8, 512, 700  # rows and tokens of a step of blocks, and steps
 ROWS, TOKENS = 4, 192  # of one with LayerSkip
 DATA = "--data.source jsonl --data.prompt-template {prompt} --data.response-template {text} "
 
@@ -142,7 +142,8 @@ def make(arguments: Arguments, variant: Variant) -> int:
         train += f"--config exit_blocks --exit-blocks.keep-states --exit-blocks.exits {exits} "
         train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} "
         train += f"--batch-size {BATCH} --seq-len {LENGTH} "
-    train += f"--num-steps {steps} --checkpoints.every {steps // 4} --evaluation.every {steps}"
+    train += f"--num-steps {steps} --checkpoints.every {steps // 4} "
+    train += f"--evaluation.every {steps} --evaluation.batches 2"
     minutes = []
     for command in (write, train):
         print(f"lsjax {command}", flush=True)
