@@ -15,7 +15,6 @@ writes them for scripts/results.py.
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,16 +143,12 @@ def make(arguments: Arguments, variant: Variant) -> int:
         train += f"--batch-size {BATCH} --seq-len {LENGTH} "
     train += f"--num-steps {steps} --checkpoints.every {steps // 4} "
     train += f"--evaluation.every {steps} --evaluation.batches 2"
-    minutes = []
     for command in (write, train):
         print(f"lsjax {command}", flush=True)
-        began = time.monotonic()
         found = subprocess.run([sys.executable, "-m", "lsjax", *command.split()])
         if found.returncode:
             return found.returncode
-        minutes.append((time.monotonic() - began) / 60)
-        print(f"{minutes[-1]:.1f} minutes", flush=True)
-    write_json(figures, {"minutes": minutes} | measured(arguments, variant, run))
+    write_json(figures, measured(arguments, variant, run))
     return 0
 
 
@@ -178,7 +173,8 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     size = arguments.draft_vocab
     vocabulary = lsjax.DraftVocabulary.most_frequent(counts, size, model.vocab_size)
     own = Measured(model, tokenizer, exits, vocabulary, arguments.new_tokens, arguments.repeats)
-    found: dict[str, Any] = {"tokens": counts.total(), "losses": read_metrics(run)[-1]}
+    seconds = sum(row["wall"] for row in read_metrics(run) if row["kind"] == "time")
+    found: dict[str, Any] = {"tokens": counts.total(), "minutes": seconds / 60}
     if arguments.texts:
         found["last loss"] = own.last_loss(pieces_of(arguments.texts)[1])
     asked = kinds_of_prompts(arguments)
@@ -205,7 +201,7 @@ def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     ]
     for variant in variants(arguments):
         found = figures_of(arguments, variant)
-        about = f"{found['tokens']:,}", f"{found['minutes'][-1]:.0f}"
+        about = f"{found['tokens']:,}", f"{found['minutes']:.0f}"
         loss = f"{found['last loss']:.3f}" if "last loss" in found else ""
         for exit_layer in found[KINDS[0]]["agreement"]:
             own, first = (

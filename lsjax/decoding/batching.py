@@ -218,6 +218,7 @@ class ContinuousBatch:
         if reason is None:
             return Update(live.index, text, trace, None)
         del self._rows[row]
+        self._runtime.learn(self._strategy, self._state, row)
         finish_B[row] = STOP if finish == RUNNING else finish
         start = len(request.prompt)
         new = range(start, start + len(trace))

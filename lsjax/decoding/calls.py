@@ -30,6 +30,8 @@ class Calls:
         most: int | None,
     ):
         self._runtime, self._strategy = runtime, strategy
+        # Sampled texts depend on no text before them: the same seed gives the same text.
+        self._greedy = not any(request.sampling.temperature for request in requests)
         # All states fit the same programs.
         options = dict(ends=ends, all_requests=requests, mesh=runtime.mesh)
         self._create = partial(DecodeState.create, **options)
@@ -41,7 +43,9 @@ class Calls:
 
     def rows_of(self, requests: Sequence[Request], cache: Cache, capacity: int) -> DecodeState:
         """Rows of `capacity` slots."""
-        learned = self._strategy.first_guess(len(requests))
+        lesson = self._runtime.lessons.get(self._strategy) if self._greedy else None
+        guess = self._strategy.first_guess
+        learned = guess(len(requests)) if lesson is None else guess(len(requests), lesson)
         return self._create(requests, cache=cache, capacity=capacity, learned=learned)
 
     def empty_rows(self, rows: int, capacity: int) -> DecodeState:

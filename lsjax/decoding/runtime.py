@@ -55,6 +55,7 @@ class Runtime:
         self.decode_seconds = 0.0  # of all rounds so far
         self._min_length = min_length
         self._seconds: dict[tuple[Any, ...], jax.Array] = {}  # of rounds, by slots and requests
+        self.lessons: dict[Strategy, Any] = {}  # of the last text of each strategy
         self._last: tuple[Strategy, Any] | None = None  # arguments of a strategy
         self._shapes: dict[tuple[int, int, int], Cache] = {}  # of caches
 
@@ -67,6 +68,7 @@ class Runtime:
         """Decodes with another model from now on. Raises ConfigError if its form differs."""
         self.programs.use(self._placed(model))
         self._last = None
+        self.lessons.clear()
 
     def _placed(self, model: DecoderModel) -> DecoderModel:
         """The model on the mesh, or on the default device."""
@@ -125,6 +127,12 @@ class Runtime:
             )
             self._seconds[key] = jnp.asarray(seconds_QJ, jnp.float32)
         return arguments.with_seconds(self._seconds[key])
+
+    def learn(self, strategy: Strategy, state: DecodeState, row: int) -> None:
+        """Keeps what a row that ends teaches about the next texts."""
+        lesson = strategy.lesson(state, row)
+        if lesson is not None:
+            self.lessons[strategy] = lesson
 
     def plain_arguments(self, strategy: Strategy) -> Any:
         """Arguments without measured seconds, kept until another strategy is asked for."""

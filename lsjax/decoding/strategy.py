@@ -55,8 +55,13 @@ class Strategy(ABC):
         """A pytree of arrays that `round` needs beside the model."""
         return ()
 
-    def first_guess(self, batch: int) -> Any:
-        """What the strategy knows of each row before its first round; None for most."""
+    def first_guess(self, batch: int, lesson: Any = None) -> Any:
+        """What the strategy knows of each row before its first round; None for most. lesson: of the
+        last text, if there is one."""
+        return None
+
+    def lesson(self, state: DecodeState, row: int) -> Any:
+        """What a row that ends teaches about the next texts, on the host; None for most."""
         return None
 
     def pauses(self) -> bool:

@@ -36,6 +36,7 @@ from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama
 from tests.states import new_state
 from tests.tunings import tune
@@ -284,6 +285,45 @@ def test_counts_by_hand():
     np.testing.assert_allclose(after.lookup_passed_BM, found, rtol=1e-6)
 
 
+def test_a_lesson_by_hand():
+    """The counts of row 1, of at most 16 drafts of an exit. Sampled texts give none."""
+    tried_BEZ = np.zeros((2, 2, 5), np.float32)
+    tried_BEZ[1] = [8, 8, 4, 12, 0], [1, 0, 2, 0, 5]
+    learned = Adaptive((1, 2)).first_guess(2)
+    learned = dataclasses.replace(learned, passed_BEZ=tried_BEZ / 2, tried_BEZ=tried_BEZ)
+    passed_EZ, tried_EZ = learned.lesson(1)
+    np.testing.assert_array_equal(tried_EZ, [[4, 4, 2, 6, 0], [1, 0, 2, 0, 5]])
+    np.testing.assert_array_equal(passed_EZ, tried_EZ / 2)
+    later = Adaptive((1, 2)).first_guess(3, learned.lesson(1))
+    np.testing.assert_array_equal(later.tried_BEZ, [tried_EZ] * 3)
+    np.testing.assert_array_equal(later.passed_BEZ, [passed_EZ] * 3)
+    assert not later.lookup_tried_BM.any() and not later.rounds_B.any()
+
+
+@pytest.mark.parametrize(("temperature", "drafts"), [(0.0, False), (1.0, True)])
+def test_a_greedy_text_learns_from_the_last_one(model, tokenizer, temperature, drafts):
+    """Exit 1 of a random model drafts badly. The first text finds out, and the second one knows."""
+    seconds = ((1.0, math.inf, math.inf), (1.02, 1.6, 2.4))
+    strategy = Adaptive((1,), lengths=LENGTHS, seconds=seconds)
+    sampling = Sampling(temperature=temperature)
+    engine = Engine(model, tokenizer, strategy)
+    first, second = (
+        one
+        for _ in range(2)
+        for one in engine.generate(PROMPTS[:1], max_new_tokens=40, sampling=sampling)
+    )
+    assert first.token_ids == second.token_ids
+    assert first.sources["exit 1"]["rounds"] > 0
+    assert (first.sources == second.sources) == drafts
+
+
+def test_seconds_of_more_work_are_no_fewer_by_hand():
+    """A row for lookups, then exits. Choices that were not measured stay infinite."""
+    given = [[5.0, 4.0, 9.0], [4.0, math.inf, 8.0], [6.0, 7.0, 10.0]]
+    expected = [[5.0, 5.0, 9.0], [5.0, math.inf, 9.0], [6.0, 7.0, 10.0]]
+    np.testing.assert_array_equal(measuring.ordered(np.array(given)), expected)
+
+
 @pytest.mark.parametrize(
     ("rounds", "expected"),
     [
@@ -324,11 +364,16 @@ def test_scores_take_a_hundredth_of_the_bytes():
     assert config.head_params / config.layer_params == pytest.approx(8, abs=0.01)
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     assert Adaptive((8, 15)).scored_every(model) == 43
-    assert Adaptive((8, 15), DraftVocabulary(np.arange(1024))).scored_every(model) == 4
+    vocabulary = DraftVocabulary(np.arange(1024))
+    assert Adaptive((8, 15), vocabulary).scored_every(model) == 4
+    # Two exit blocks are read too. 100 * (2 * 0.29 + 2 * 1) / 38 = 6.8.
+    blocks = jax.eval_shape(lambda model: with_exit_blocks(model, (8, 15)), model)
+    assert Adaptive((8, 15), vocabulary).scored_every(blocks) == 7
 
 
 def test_chances_by_hand():
-    """One of three sure drafts failed: these pass less often than usual, and are more common."""
+    """One of three sure drafts failed. All pass less often than usual then, by 10 of 10.97: eight
+    drafts weigh as usual beside them. Sure ones are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
     assert unknown.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(np.mean(GREEDY_CHANCES))
     np.testing.assert_allclose(unknown.chances(GREEDY_CHANCES)[0, 0], GREEDY_CHANCES, rtol=1e-6)
@@ -337,11 +382,24 @@ def test_chances_by_hand():
         passed_BEZ=unknown.passed_BEZ.at[sure].set(2),
         tried_BEZ=unknown.tried_BEZ.at[sure].set(3),
     )
-    *unsure, usual = GREEDY_CHANCES
-    expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
+    *unsure, usual = np.array(GREEDY_CHANCES) * 10 / (8 + 3 * 0.99)
+    sure_chance = (2 + 2 * usual) / (3 + 2)
+    expected = [*unsure, sure_chance]
     np.testing.assert_allclose(known.chances(GREEDY_CHANCES)[0, 0], expected, rtol=1e-6)
-    passed, tried = 2 + USUAL_COUNT * sum(GREEDY_CHANCES), 3 + 5 * USUAL_COUNT
-    assert known.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(passed / tried)
+    mean = (0.5 * sum(unsure) + 3.5 * sure_chance) / 5.5
+    assert known.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(mean)
+
+
+def test_chances_that_are_higher_than_usual_stay_below_one():
+    """Unsure drafts that all pass raise those of other levels, up to 0.99."""
+    known = Learned.create(1, 1)
+    unsure = np.zeros((1, 1, 5), np.float32)
+    unsure[..., 0] = 24
+    known = dataclasses.replace(known, passed_BEZ=unsure, tried_BEZ=unsure)
+    factor = (24 + 8) / (24 * 0.25 + 8)
+    expected = [(24 + 2 * 0.25 * factor) / 26, *[0.99] * 4]
+    assert 0.5 * factor > 0.99
+    np.testing.assert_allclose(known.chances(GREEDY_CHANCES)[0, 0], expected, rtol=1e-6)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import check
 from lsjax.decoding.acceptance import judge
 from lsjax.decoding.auto.choose import Choice, choose
-from lsjax.decoding.auto.learned import Learned
+from lsjax.decoding.auto.learned import Counts, Learned
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.auto.scores import scores
 from lsjax.decoding.auto.segments import Segment, chosen_state, draft_states, run_segments
@@ -95,9 +95,14 @@ class Adaptive(Speculative):
         read = len(self.exits) * num_bytes(rows) + num_bytes(getattr(model, "exit_blocks", ()))
         return max(SCORED_EVERY, math.ceil(read / (SCORES_SHARE * bytes_per_token(model))))
 
-    def first_guess(self, batch: int) -> Learned:
-        """Counts before the first round."""
-        return Learned.create(batch, len(self.exits))
+    def first_guess(self, batch: int, lesson: Counts | None = None) -> Learned:
+        """Counts before the first round: none, or those of the exits in the last text."""
+        learned = Learned.create(batch, len(self.exits))
+        return learned if lesson is None else learned.with_lesson(lesson)
+
+    def lesson(self, state: DecodeState, row: int) -> Counts | None:
+        """Counts of the exits in a greedy text: in sampling, chances are others."""
+        return state.learned.lesson(row) if self.exits and state.sampling is None else None
 
     def round(
         self, model: DecoderModel, state: DecodeState, arguments: AutoArguments

@@ -1,7 +1,7 @@
 """What auto has learned of a text: which drafts pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -16,11 +16,18 @@ from lsjax.decoding.confidence import confidence_level
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: so many drafts of each kind, of which the usual share passes.
 USUAL_COUNT = 2.0
+# Added to the drafts of each level, for its share.
+SHARE_COUNT = 0.5
+# An exit that is surer than it should be is so at all levels. The usual chances of an exit weigh as
+# much as this many drafts.
+EXIT_COUNT = 8.0
 # By level of the exit's top probability. A sampled draft passes with the overlap of two
 # distributions, which is large for flat ones too.
 GREEDY_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
 SAMPLED_CHANCES = (0.75, 0.8, 0.87, 0.93, 0.98)
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
+# Drafts of the last text that a new one begins with. Exits are as good in both, often.
+LESSON = 16.0
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
 
@@ -57,16 +64,32 @@ class Learned:
             idle_B=jnp.zeros(batch, bool),
         )
 
+    def lesson(self, row: int) -> Counts:
+        """Counts of a row's exits, [E, Z], for the next texts: at most LESSON drafts of an exit."""
+        passed_EZ, tried_EZ = np.asarray(self.passed_BEZ)[row], np.asarray(self.tried_BEZ)[row]
+        share_E1 = np.minimum(1, LESSON / np.maximum(tried_EZ.sum(-1, keepdims=True), 1))
+        return Counts(passed_EZ * share_E1, tried_EZ * share_E1)
+
+    def with_lesson(self, lesson: Counts) -> "Learned":
+        """Rows that begin with the counts of an earlier text."""
+        shape = self.tried_BEZ.shape
+        passed_BEZ, tried_BEZ = (jnp.array(np.broadcast_to(n_EZ, shape)) for n_EZ in lesson)
+        return replace(self, passed_BEZ=passed_BEZ, tried_BEZ=tried_BEZ)
+
     @property
     def level_share_BEZ(self) -> Float[Array, "B E Z"]:
         """Share of each level among the drafts of an exit."""
-        tried_BEZ = self.tried_BEZ + USUAL_COUNT
+        tried_BEZ = self.tried_BEZ + SHARE_COUNT
         return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
 
     def chances(self, usual_Z: Sequence[float]) -> Float[Array, "B E Z"]:
         """Chance that a draft of each exit passes, by its top probability. usual_Z: before anything
         is known, GREEDY_CHANCES or SAMPLED_CHANCES."""
-        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(usual_Z)
+        usual_BEZ = self.tried_BEZ * jnp.array(usual_Z)
+        found_BE1, usual_BE1 = (n.sum(-1, keepdims=True) for n in (self.passed_BEZ, usual_BEZ))
+        factor_BE1 = (found_BE1 + EXIT_COUNT) / (usual_BE1 + EXIT_COUNT)
+        expected_BEZ = jnp.minimum(factor_BE1 * jnp.array(usual_Z), 0.99)
+        passed_BEZ = self.passed_BEZ + USUAL_COUNT * expected_BEZ
         return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
 
     def mean_chance(self, usual_Z: Sequence[float]) -> Float[Array, "B E"]:
