@@ -173,8 +173,7 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     size = arguments.draft_vocab
     vocabulary = lsjax.DraftVocabulary.most_frequent(counts, size, model.vocab_size)
     own = Measured(model, tokenizer, exits, vocabulary, arguments.new_tokens, arguments.repeats)
-    seconds = sum(row["wall"] for row in read_metrics(run) if row["kind"] == "time")
-    found: dict[str, Any] = {"tokens": counts.total(), "minutes": seconds / 60}
+    found: dict[str, Any] = {"tokens": counts.total()}
     if arguments.texts:
         found["last loss"] = own.last_loss(pieces_of(arguments.texts)[1])
     asked = kinds_of_prompts(arguments)
@@ -195,22 +194,29 @@ def figures_of(arguments: Arguments, variant: Variant) -> dict[str, Any]:
 def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """By training, exit and kind: the share of the answers that the exit proposes. Then the share
     of right first drafts, over all kinds: rounds often begin where drafts are hard."""
-    rows = [
-        ("trained", "their tokens", "minutes", "loss of the last exit", "exit")
-        + (*KINDS, "all", "first drafts of rounds")
-    ]
+    loss = ("loss of the last exit",) if arguments.texts else ()
+    names = "trained", "their tokens", "minutes", *loss, "exit"
+    rows = [(*names, *KINDS, "all", "first drafts of rounds")]
     for variant in variants(arguments):
         found = figures_of(arguments, variant)
-        about = f"{found['tokens']:,}", f"{found['minutes']:.0f}"
-        loss = f"{found['last loss']:.3f}" if "last loss" in found else ""
+        about = f"{found['tokens']:,}", f"{minutes(arguments, variant):.0f}"
+        if arguments.texts:
+            about += (f"{found['last loss']:.3f}",)
         for exit_layer in found[KINDS[0]]["agreement"]:
             own, first = (
                 [found[kind][what][exit_layer] for kind in KINDS]
                 for what in ("agreement", "acceptance")
             )
             shares = [share(part).text() for part in (*([one] for one in own), own, first)]
-            rows.append((variant.title, *about, loss, exit_layer, *shares))
+            rows.append((variant.title, *about, exit_layer, *shares))
     return rows
+
+
+def minutes(arguments: Arguments, variant: Variant) -> float:
+    """Time of the training: states, steps and evaluation."""
+    rows = read_metrics(arguments.output / f"run-{variant.name}")
+    last = {row["began"]: row["wall"] for row in rows if row["kind"] == "time"}
+    return sum(last.values()) / 60
 
 
 def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:

@@ -11,6 +11,9 @@ drafts it is an autoregressive step. It takes the choice with the most expected 
 A draft of an exit then ends where further tokens cost more seconds than they are worth. Their
 chance to pass depends on the exit's top probability, again by counts. Often nothing is drafted.
 
+A greedy text begins with what was learned of the exits in the last one. A sampled one does not:
+the same seed gives the same text, whatever was decoded before.
+
 Exits that did not draft are scored too, in every fourth round or less often. A round computes their
 hidden states anyway. Lookups are scored in every round. All of this is part of the compiled loop.
 The choice depends only on earlier rounds, so that sampling stays exact.
