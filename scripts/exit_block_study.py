@@ -111,7 +111,7 @@ def variants(arguments: Arguments) -> list[Variant]:
     return [*found, found[-1]._replace(layerskip_steps=steps)] if steps else found
 
 
-def fastest(arguments: Arguments) -> list[Variant]:
+def timed_variants(arguments: Arguments) -> list[Variant]:
     """Those that are timed: the blocks with the most data, and LayerSkip."""
     return variants(arguments)[-2 if arguments.layerskip_steps else -1 :]
 
@@ -162,7 +162,7 @@ def write_texts(files: Sequence[Path], output: Path) -> int:
 
 
 def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any]:
-    """What `Measured` finds of each kind of prompts, and the losses of the run."""
+    """What `Measured` finds of each kind of prompts, and the loss of the last exit."""
     keep_compiled_programs()
     tokenizer = load_tokenizer(arguments.model)
     if variant.layerskip_steps:
@@ -177,7 +177,7 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     if arguments.texts:
         found["last loss"] = own.last_loss(pieces_of(arguments.texts)[1])
     asked = kinds_of_prompts(arguments)
-    timed = variant in fastest(arguments)
+    timed = variant in timed_variants(arguments)
     return found | {kind: own.kind(asked[kind], timed) for kind in KINDS}
 
 
@@ -228,7 +228,7 @@ def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
 def speed_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """Speedups of `auto` by kind, and with exits over without. The last row is of all kinds."""
     rows = [("trained", "kind", "auto without exits", "with exits", "with over without")]
-    for variant in fastest(arguments):
+    for variant in timed_variants(arguments):
         found = figures_of(arguments, variant)
         for kind in (*KINDS, "all"):
             each = [found[one]["seconds"] for one in (KINDS if kind == "all" else [kind])]

@@ -56,8 +56,8 @@ class Arguments(Prompts):
 
     model: str = "smollm2"
     """The model."""
-    blocks: Path | None = None
-    """Run of its exit blocks, or none."""
+    blocks: Path = Path("build/evidence/exit_blocks/run-1000")
+    """Run of its exit blocks."""
     exit_layer: int = 2
     """Exit that drafts."""
     draft_vocab: int = 4_096
@@ -85,6 +85,10 @@ def main(arguments: Arguments) -> None:
     model, vocabulary = opened(arguments)
     texts, kinds = recorded(arguments, model, vocabulary)
     new_n = texts.end - texts.begin - 1  # the first one is of no round
+    ends = zip(texts.begin, texts.end, strict=True)
+    right_n = np.array(
+        [right_S[slice(*at)].mean() for right_S, at in zip(texts.right_S, ends, strict=True)]
+    )
     rows = [("costs", "kind", "right drafts", "without the exit", "with it", "with over without")]
     for name, verified in VERIFIED.items():
         without_n, with_n = (
@@ -97,19 +101,14 @@ def main(arguments: Arguments) -> None:
         for kind in (*KINDS, "all"):
             own = np.array([kind in (one, "all") for one in kinds])
             tokens, without, with_ = (n[own].sum() for n in (new_n, without_n, with_n))
-            at = [slice(*ends) for ends in zip(texts.begin, texts.end, strict=True)]
-            right = np.concatenate(
-                [texts.right_S[n][at[n]] for n in np.flatnonzero(own)], dtype=np.float32
-            ).mean()
+            right = np.average(right_n[own], weights=new_n[own] + 1)
             speeds = tokens / without, tokens / with_, without / with_
             rows.append((name, kind, f"{right:.2f}", *(f"{speed:.3f}" for speed in speeds)))
     print("\n".join(table(rows)))
 
 
-def opened(arguments: Arguments) -> tuple[lsjax.Llama, lsjax.DraftVocabulary | None]:
-    """The model, and the draft vocabulary of its blocks."""
-    if arguments.blocks is None:
-        return lsjax.load(arguments.model), None
+def opened(arguments: Arguments) -> tuple[lsjax.Llama, lsjax.DraftVocabulary]:
+    """The model with its blocks, and their draft vocabulary."""
     model = lsjax.load(arguments.model, exit_blocks=arguments.blocks)
     tokenizer = load_tokenizer(arguments.model)
     counts = read_counts(arguments.blocks / "token_counts.json", tokenizer)
@@ -118,11 +117,11 @@ def opened(arguments: Arguments) -> tuple[lsjax.Llama, lsjax.DraftVocabulary | N
 
 
 def recorded(
-    arguments: Arguments, model: lsjax.Llama, vocabulary: lsjax.DraftVocabulary | None
+    arguments: Arguments, model: lsjax.Llama, vocabulary: lsjax.DraftVocabulary
 ) -> tuple[Text, list[str]]:
     """The model's own texts, stacked, and the kind of each."""
     tokenizer = load_tokenizer(arguments.model)
-    ids_W = np.arange(model.vocab_size) if vocabulary is None else np.asarray(vocabulary.ids_W)
+    ids_W = np.asarray(vocabulary.ids_W)
     asked, dialogue = kinds_of_prompts(arguments), Dialogue(tokenizer)
     prompts = [(kind, dialogue.prompt(text.strip())[1]) for kind in KINDS for text in asked[kind]]
     ids = [ids for _, ids in prompts]
