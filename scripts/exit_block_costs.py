@@ -93,7 +93,8 @@ def main(arguments: Arguments) -> None:
 def forward(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     """One forward pass of a step's rows, with the logits' normaliser, and the trips of its loop."""
     table = config.model.vocab_size, config.model.hidden_size
-    chunk = loss_chunk(config.batch_size // config.micro_batches, config.seq_len, table)
+    with jax.set_mesh(mesh), with_kernels(config.kernels):  # a chunk's size depends on both
+        chunk = loss_chunk(config.batch_size // config.micro_batches, config.seq_len, table)
     chunks = math.ceil(config.seq_len / chunk)
 
     def of_rows(norm, table_VD, x_BTD):

@@ -37,8 +37,8 @@ from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 
 KINDS = ("questions", "requests", "code")
-BATCH, LENGTH, MOST_STEPS = 8, 512, 700  # rows and tokens of a step of blocks, and steps
-ROWS, TOKENS = 4, 192  # of one with LayerSkip
+MOST_STEPS = 3_000  # of blocks
+ROWS, TOKENS = 4, 192  # of a step with LayerSkip
 DATA = "--data.source jsonl --data.prompt-template {prompt} --data.response-template {text} "
 
 
@@ -136,11 +136,10 @@ def make(arguments: Arguments, variant: Variant) -> int:
         train += f"--config continual_smollm2_135m {DATA} --data.allow-special "
         train += f"--batch-size {ROWS} --seq-len {TOKENS} --optimizer.warmup-steps {steps // 20} "
     else:
-        steps = min(150 + 2 * documents // 5, MOST_STEPS)
+        steps = min(300 + documents, MOST_STEPS)
         exits = " ".join(map(str, arguments.exits))
         train += f"--config exit_blocks --exit-blocks.keep-states --exit-blocks.exits {exits} "
         train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} "
-        train += f"--batch-size {BATCH} --seq-len {LENGTH} "
     train += f"--num-steps {steps} --checkpoints.every {steps // 4} "
     train += f"--evaluation.every {steps} --evaluation.batches 2"
     for command in (write, train):
