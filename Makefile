@@ -26,8 +26,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/lsjax report --no-training --model $(RUN) --prompts 16 --new-tokens 128 \
 		--num-draft-tokens 5 --output $(RUN)/report
 
-# Decodes with SmolLM2-135M, as it was released. Self-speculation is exact, but the first layers draft
-# badly. So an exit block learns from a hundred of the model's answers, in minutes, and drafts then.
+# Decodes with SmolLM2-135M, as it was released. Self-speculation is exact, but the first layers
+# draft badly. Then an exit block learns from a hundred of the model's answers, and drafts.
 QUESTION = "What can I see in Rome?"
 ASK = $(BIN)/python decode.py --model $(SMOLLM2) --chat --prompt $(QUESTION) --max-new-tokens 64
 SELF = --strategy self_speculative --exit-layer 2 --num-draft-tokens 2 --show-drafts

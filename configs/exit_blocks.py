@@ -30,7 +30,7 @@ config = TrainConfig(
         tokenizer="models/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     num_steps=2_000,
-    batch_size=2,  # thousands of answers: small steps learn more in the same time
+    batch_size=2,  # for thousands of answers; larger data and accelerators want more
     seq_len=512,
     exit_blocks=ExitBlocksConfig(exits=(4, 8)),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
