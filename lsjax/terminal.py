@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -90,18 +90,39 @@ def end_quietly(stream: IO[str]) -> NoReturn:
 def written_output() -> Iterator[None]:
     """Flushes standard output after the block. Ends the program as by `end_quietly` if its reader
     is gone. Raises an OSError that names standard output if that can't be written."""
+    stream = sys.stdout
     try:
         try:
-            yield
+            with _named_writes(stream) if stream else nullcontext():
+                yield
         finally:
-            _flush_output()
+            with _named_errors():
+                print(end="", flush=True)  # does nothing without a standard output
     except BrokenPipeError:
         end_quietly(sys.stdout)
 
 
-def _flush_output() -> None:
+@contextmanager
+def _named_writes(stream: IO[str]) -> Iterator[None]:
+    """A text that is larger than the stream's buffer is written at once, not when it is flushed."""
+    write = stream.write
+
+    def named(text: str) -> int:
+        with _named_errors():
+            return write(text)
+
+    stream.write = named
     try:
-        print(end="", flush=True)  # does nothing without a standard output
+        yield
+    finally:
+        stream.write = write
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Errors of writing to standard output get its name."""
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
