@@ -1,7 +1,7 @@
 """Drafts change no token of greedy texts: 1,000 prompts for each kind of drafts and of weights.
 
     python scripts/proofs/thousand_prompts.py
-    python scripts/proofs/thousand_prompts.py --model smollm2
+    python scripts/proofs/thousand_prompts.py --model smollm2 --exits 4 8 15 --only blocks
 
 Texts of a strategy are compared with those of autoregressive decoding without exit blocks, in
 float32. Eight rows share the prompts. Without --model, tiny random models of several families
@@ -45,6 +45,8 @@ class Arguments:
     """Prompts."""
     new_tokens: int = 12
     """New tokens of each."""
+    only: str = ""
+    """Only cases whose name contains this."""
 
 
 def main(arguments: Arguments) -> int:
@@ -54,17 +56,19 @@ def main(arguments: Arguments) -> int:
     for family, model in models(arguments.model):
         prompts = prompts_of(model, arguments.prompts)
         rounded = lsjax.with_int8(model)
-        plain = texts_of(model, lsjax.Autoregressive(), prompts, arguments)
-        plain_int8 = texts_of(rounded, lsjax.Autoregressive(), prompts, arguments)
         blocks = with_noise(lsjax.with_exit_blocks(model, arguments.exits[:2]))
         drafts = strategies(arguments.exits, model.vocab_size)
         only_blocks = {name: one for name, one in drafts.items() if name != "int8 layers"}
         cases = (
-            ("", model, drafts, plain),
-            (", int8 weights", rounded, only_blocks, plain_int8),
-            (", exit blocks", blocks, only_blocks, plain),
+            ("", model, drafts, model),
+            (", int8 weights", rounded, only_blocks, rounded),
+            (", exit blocks", blocks, only_blocks, model),
         )
-        for words, own, chosen, expected in cases:
+        for words, own, chosen, base in cases:
+            chosen = {
+                name: one for name, one in chosen.items() if arguments.only in f"{words}, {name}"
+            }
+            expected = texts_of(base, lsjax.Autoregressive(), prompts, arguments) if chosen else []
             for name, strategy in chosen.items():
                 found = texts_of(own, strategy, prompts, arguments)
                 equal = sum(

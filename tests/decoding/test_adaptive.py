@@ -264,6 +264,24 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
     np.testing.assert_allclose(passed[:, 1], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("choice", [(0, 0), (1, 1)])
+def test_the_first_rounds_score_no_further_exits(model, choice):
+    """Seconds of rounds are measured in them. Scores would make the shortest ones look slow."""
+    strategy = adaptive(only(*choice))
+    requests = [Request(prompt=[1], max_new_tokens=99)]
+    learned = strategy.first_guess(1)
+    options = dict(capacity=128, num_layers=4, dtype=jnp.float32, learned=learned)
+    state, every = new_state(model.config, requests, **options), strategy.scored_every(model)
+    rounds = jax.jit(partial(decode, strategy=strategy))
+
+    def others_tried(state):
+        return np.delete(state.learned.tried_BEZ.sum(-1)[0], [choice[0] - 1] * (choice[0] > 0))
+
+    before = rounds(model, state, np.int32(every - 1), strategy.arguments(model))
+    assert not others_tried(before).any()
+    assert others_tried(rounds(model, before, np.int32(1), strategy.arguments(model))).all()
+
+
 def test_counts_by_hand():
     """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
     seen = Counts(np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5))

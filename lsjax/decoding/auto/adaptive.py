@@ -115,7 +115,9 @@ class Adaptive(Speculative):
         )
         draft = self.proposed(model, state, choice, arguments.head, proposal_BT)
         draft = self.drafted(model, draft, choice) if self.exits else draft
-        due = learned.rounds_B.max() % self.scored_every(model) == 0
+        # Not in the first rounds: seconds are measured in them, and scores would be part of these.
+        every = self.scored_every(model)
+        due = learned.rounds_B.max() % every == every - 1
 
         def verify(draft, places):
             # Segments below the exit ran in the draft, which kept their states.
