@@ -212,10 +212,10 @@ def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
 
 
 def minutes(arguments: Arguments, variant: Variant) -> float:
-    """Time of the training: states, steps and evaluation."""
+    """Time of the training: states, steps and evaluation, without pauses before a restart."""
     rows = read_metrics(arguments.output / f"run-{variant.name}")
-    last = {row["began"]: row["wall"] for row in rows if row["kind"] == "time"}
-    return sum(last.values()) / 60
+    last = {row["began"]: row for row in rows if row["kind"] == "time"}
+    return sum(row["wall"] - row["restarts"] for row in last.values()) / 60
 
 
 def share(counts: Sequence[Mapping[str, Sequence[int]]]) -> Estimate:
