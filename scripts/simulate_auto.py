@@ -67,6 +67,8 @@ class Arguments(Prompts):
     """Prompts of each kind."""
     new_tokens: int = 96
     """New tokens of each."""
+    right: float = 0.0
+    """Least share of right drafts. Wrong ones become right at random, as sure as right ones are."""
 
 
 class Text(NamedTuple):
@@ -85,6 +87,7 @@ def main(arguments: Arguments) -> None:
     keep_compiled_programs()
     model, vocabulary = opened(arguments)
     texts, kinds = recorded(arguments, model, vocabulary)
+    texts = improved(texts, arguments.right)
     new_n = texts.end - texts.begin - 1  # the first one is of no round
     ends = zip(texts.begin, texts.end, strict=True)
     right_n = np.array(
@@ -149,6 +152,19 @@ def recorded(
         ends = np.int32(len(prompt)), np.int32(len(text))
         texts.append(Text(tokens_S, *ends, top_S, draft_S == tokens_S))
     return Text(*map(np.stack, zip(*texts, strict=True))), [kind for kind, _ in prompts]
+
+
+def improved(texts: Text, right: float) -> Text:
+    """Texts with at least that share of right drafts."""
+    random, shape = np.random.default_rng(0), texts.right_S.shape
+    slots = np.arange(shape[1])
+    is_new_S = (slots >= texts.begin[:, None]) & (slots < texts.end[:, None])
+    own = texts.right_S[is_new_S].mean()
+    chosen_S = ~texts.right_S & (random.random(shape) < (right - own) / (1 - own))
+    sure_S = random.choice(texts.top_S[texts.right_S & is_new_S], shape)
+    return texts._replace(
+        right_S=texts.right_S | chosen_S, top_S=np.where(chosen_S, sure_S, texts.top_S)
+    )
 
 
 def costs(verified: tuple[float, ...], exits: tuple[int, ...]) -> np.ndarray:
