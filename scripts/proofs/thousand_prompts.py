@@ -46,7 +46,7 @@ class Arguments:
     new_tokens: int = 12
     """New tokens of each."""
     only: str = ""
-    """Only cases whose name contains this."""
+    """Only cases whose name contains this. Cases of `auto` must be among them."""
 
 
 def main(arguments: Arguments) -> int:
