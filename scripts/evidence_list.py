@@ -65,7 +65,8 @@ EXPERIMENTS = (
         "The quickstart, with and without LayerSkip",
         "16 layers of width 256 learn the source code of Python's standard library from random "
         "weights, three times with LayerSkip and three times without.",
-        "--config quickstart --seeds 3 --prompts 16 --new-tokens 128 --num-draft-tokens 4 8",
+        "--config quickstart --dtype bfloat16 --seeds 3 --prompts 16 --new-tokens 128 "
+        "--num-draft-tokens 4 8",
     ),
     Experiment(
         "from_scratch",
@@ -139,7 +140,7 @@ EXPERIMENTS = (
         "Choosing drafts automatically: the quickstart",
         "`auto` and fixed settings take turns on four kinds of prompts. Greedy texts, all equal.",
         f"{MIXED} -- --model build/evidence/quickstart/runs/layerskip-0 {SETTINGS} "
-        "--exit-layers 2 4 --num-draft-tokens 4 6 8 12 --new-tokens 128 --repeats 3",
+        "--exit-layers 1 2 4 --num-draft-tokens 4 8 12 --new-tokens 128 --repeats 2",
         program="python scripts/proofs/mixed_prompts.py",
         needs=("question.jsonl", "topv2", "build/evidence/quickstart/report.json"),
         paper=PUBLISHED,
