@@ -8,29 +8,36 @@
 What follows `--` goes to `lsjax benchmark`, which runs all settings in turns and checks that all
 texts are equal. The same command resumes. A speedup is the time of autoregressive decoding over
 that of the setting, for all texts of a kind; of repeats the median counts. The kinds weigh the
-same: the mixed speedup is the harmonic mean of theirs. Quartiles are those of the texts. Exits with
-1 if auto is below a limit.
+same: the mixed speedup is the harmonic mean of theirs. The best static setting is the best one on
+these very prompts. In brackets are 95% intervals, by the bootstrap over the prompts. Writes
+table.md, and exits with 1 if auto is below a limit.
 """
 
 import csv
 import json
 import random
-import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tyro
 
 from lsjax.cli import main as command
-from lsjax.cli.show import table, wide_console
+from lsjax.evaluation.intervals import from_samples
 from lsjax.evaluation.scores import Cell
+from lsjax.reporting.machine import made_on
+from lsjax.reporting.markdown import table
 
 QUOTED = 170  # characters of a text that its prompt quotes
 # Of the mixed set: at least this times the best static setting. Of each kind: likewise, and at
 # least this times autoregressive decoding.
 MIXED, OF_STATIC, OF_PLAIN = 1.08, 0.97, 0.97
+TABLE = "table.md"  # as in scripts/evidence_list.py
+HEADING = ("prompts", "auto", "best fixed setting", "its speedup", "auto over it")
 
 
 @dataclass(frozen=True)
@@ -67,34 +74,56 @@ def kinds_of_prompts(arguments: Arguments) -> dict[str, list[str]]:
     return {kind: texts[:n] for kind, texts in kinds.items()}
 
 
-def compare(file: Path) -> bool:
-    """Prints speedups of each kind. Returns whether auto keeps the limits."""
+def compare(file: Path) -> tuple[list[Sequence[str]], bool]:
+    """The rows of a table, and whether auto keeps the limits."""
     lines = [json.loads(line) for line in file.read_text().splitlines()][1:]
-    found = defaultdict(list)  # own and base seconds of each repeat
-    for one in lines:
-        place = Cell.of(one), one["group"], one["id"]
-        found[place].append((one["decode_seconds"], one["base_seconds"]))
-    texts = defaultdict(list)  # medians of each text
-    for (cell, kind, _), pairs in found.items():
-        texts[cell, kind].append([statistics.median(each) for each in zip(*pairs, strict=True)])
+    texts = seconds_of(lines)
     kinds, cells = sorted({kind for _, kind in texts}), {cell for cell, _ in texts}
 
-    def speedup(cell: Cell, kinds: list[str]) -> float:
-        sums = [map(sum, zip(*texts[cell, kind], strict=True)) for kind in kinds]
-        return 1 / statistics.mean(own / base for own, base in sums)
+    def columns(cell: Cell, kinds: Sequence[str]) -> list[np.ndarray]:
+        return [column for kind in kinds for column in texts[cell, kind].T]
 
     (auto,) = (cell for cell in cells if cell.strategy == "auto")
-    rows, good = [], True
+    rows: list[Sequence[str]] = [HEADING]
+    good = True
     for name, own in (("mixed", kinds), *((kind, [kind]) for kind in kinds)):
-        best = max(cells - {auto}, key=lambda cell: speedup(cell, own))
-        ours, static = speedup(auto, own), speedup(best, own)
-        low, _, high = statistics.quantiles(b / a for kind in own for a, b in texts[auto, kind])
-        good &= ours >= OF_PLAIN and ours >= static * (MIXED if name == "mixed" else OF_STATIC)
-        words = [f"{static:.2f}", f"{ours:.2f}", f"{low:.2f} to {high:.2f}", f"{ours / static:.2f}"]
-        rows.append([name, str(best), *words])
-    names = ["kind", "best static setting", "its speedup", "auto", "quartiles", "auto over it"]
-    wide_console().print(table("speedups", names, rows, left=2))
-    return good
+        best = max(cells - {auto}, key=lambda cell: speedup(*columns(cell, own), axis=0))
+        static, ours = (
+            from_samples(speedup, *columns(cell, own), of="texts") for cell in (best, auto)
+        )
+        over = from_samples(over_static, *columns(auto, own), *columns(best, own), of="texts")
+        limit = MIXED if name == "mixed" else OF_STATIC
+        good &= ours.value >= OF_PLAIN and over.value >= limit
+        rows.append([name, f"{ours.text()}x", str(best), f"{static.text()}x", over.text()])
+    return rows, good
+
+
+def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[tuple[Cell, str], np.ndarray]:
+    """Seconds of the texts of a kind, by a setting and by autoregressive decoding beside it: two
+    columns, in the order of the texts. Of repeats the median counts."""
+    repeats = defaultdict(list)
+    for one in lines:
+        pair = one["decode_seconds"], one["base_seconds"]
+        repeats[Cell.of(one), one["group"], one["id"]].append(pair)
+    texts = defaultdict(list)
+    for cell, kind, name in sorted(repeats, key=lambda place: place[2]):
+        texts[cell, kind].append(np.median(repeats[cell, kind, name], axis=0))
+    return {place: np.array(own) for place, own in texts.items()}
+
+
+def speedup(*columns: np.ndarray, axis: int) -> np.ndarray:
+    """The harmonic mean over kinds. columns: own and base seconds of the texts, kind by kind."""
+    shares = [
+        own.sum(axis) / base.sum(axis)
+        for own, base in zip(columns[::2], columns[1::2], strict=True)
+    ]
+    return 1 / np.mean(shares, axis=0)
+
+
+def over_static(*columns: np.ndarray, axis: int) -> np.ndarray:
+    """Speedup of the first half of the columns over that of the second half."""
+    half = len(columns) // 2
+    return speedup(*columns[:half], axis=axis) / speedup(*columns[half:], axis=axis)
 
 
 def main() -> int:
@@ -109,7 +138,13 @@ def main() -> int:
                 print(json.dumps({"category": kind, "prompt": text}), file=file)
     own = ["--prompt-file", str(prompts), "--output", str(arguments.output)]
     code = command.main(["benchmark", *sys.argv[at + 1 :], *own])
-    return code or int(not compare(arguments.output / "answers.jsonl"))
+    if code:
+        return code
+    rows, good = compare(arguments.output / "answers.jsonl")
+    lines = [*table(rows), "", *table([("measured on", ""), *made_on().items()])]
+    (arguments.output / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+    return int(not good)
 
 
 if __name__ == "__main__":
