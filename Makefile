@@ -15,12 +15,14 @@ SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # Trains with LayerSkip, decodes held-out prompts with the trained model, and writes a page about
 # it. Texts are sampled, since greedy texts of small models repeat themselves, and repetitions are
-# easy to draft. Each of two cores is one device, as in docs/results.md (docs/training.md explains
-# the benefit).
+# easy to draft. Each of two cores is one device. Processors with AMX are faster as one device, and
+# in bfloat16 (docs/training.md, "On CPUs").
 RUN ?= runs/quickstart
+AMX := $(shell grep -qsw amx_bf16 /proc/cpuinfo && echo yes)
 quickstart: $(VENV)/installed
-	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
-		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
+	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$(if $(AMX),1,2) GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) \
+		$(if $(AMX),--dtype bfloat16,--mesh.data 2)
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy auto --temperature 0.8 --show-drafts
 	$(BIN)/lsjax report --no-training --model $(RUN) --prompts 16 --new-tokens 128 \
@@ -45,7 +47,7 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 
 # Makes the reports of docs/results.md and README.md, hours in all, and writes both. ONLY names some.
 evidence: $(VENV)/installed
-	$(BIN)/python scripts/evidence.py $(ONLY)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python scripts/evidence.py $(ONLY)
 	$(BIN)/python scripts/results.py
 
 # Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or

@@ -72,7 +72,8 @@ EXPERIMENTS = (
         "from_scratch",
         "From scratch",
         "16 layers of width 384, which read bytes, learn the same source code for longer.",
-        "--config from_scratch_python --minutes 140 --new-tokens 128 --num-draft-tokens 4 8",
+        "--config from_scratch_python --dtype bfloat16 --minutes 110 --new-tokens 128 "
+        "--num-draft-tokens 4 8",
         paper="""
 | the paper's models from scratch on CNN/DM (Table 4) | exit | accepted | speedup |
 |---|---|---|---|
@@ -100,9 +101,10 @@ EXPERIMENTS = (
     Experiment(
         "continual_text",
         "Continual pretraining on text",
-        "SmolLM2-135M reads Python's documentation for an hour, by the recipe of `lsjax report`. "
+        "SmolLM2-135M reads Python's documentation in half an hour, which includes the training "
+        "without LayerSkip and the measurements, by the recipe of `lsjax report`. "
         "The paper's models read 52 billion tokens.",
-        "--model smollm2 --data.paths 'python_doc/**/*.rst.txt' --minutes 60",
+        "--model smollm2 --data.paths 'python_doc/**/*.rst.txt' --minutes 30",
         needs=("smollm2", "python_doc"),
         paper="""
 | the paper's continual pretraining on text (Table 3) | exit, drafts | accepted | speedup |
@@ -117,7 +119,7 @@ EXPERIMENTS = (
         "continual_code",
         "Continual pretraining on code",
         "The same on the source code of Python's standard library.",
-        "--model smollm2 --data.source python_source --minutes 60",
+        "--model smollm2 --data.source python_source --minutes 30",
         needs=("smollm2",),
         paper="""
 | the paper's models on HumanEval (Tables 3 and 5) | exit, drafts | accepted | speedup |
