@@ -200,11 +200,9 @@ def played(
 
     def of_exit(choice, limit, top_T, right_T):
         """Drafts that count, those that are right, and the top probabilities that were computed."""
-        least_T, chances_Z = (
-            choice.confidence.least_BT[0, :LONGEST],
-            choice.confidence.chances_BZ[0],
-        )
-        sure_T = jnp.cumprod(chances_Z[confidence_level(top_T[:LONGEST])])
+        least_T = choice.confidence.least_BT[0, :LONGEST]
+        levels_T, chances_ZT = confidence_level(top_T[:LONGEST]), choice.confidence.chances_BZT[0]
+        sure_T = jnp.cumprod(chances_ZT[levels_T, columns[:LONGEST]])
         before_T = jnp.pad(sure_T, (1, 0), constant_values=1)[:LONGEST]
         stands_T = (sure_T >= least_T) & (columns[:LONGEST] < limit)
         counted_T = jnp.cumprod(stands_T)

@@ -13,10 +13,10 @@ LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
 @dataclass(frozen=True)
 class Confidence:
     """Minimum product of the drafts' chances to pass, for each draft; one row may serve all. A
-    chance is the exit's top probability, or chances_BZ at its level."""
+    chance is the exit's top probability, or chances_BZT at its level and the draft's number."""
 
     least_BT: Float[Array, "#B T"]
-    chances_BZ: Float[Array, "B Z"] | None = None
+    chances_BZT: Float[Array, "B Z T"] | None = None
 
     @classmethod
     def constant(cls, least: float | None, columns: int) -> "Confidence | None":
@@ -27,10 +27,11 @@ class Confidence:
         """Whether a product is enough for draft number `at`."""
         return sure_B >= self.least_BT[:, at]
 
-    def chance(self, top_B1: Float[Array, "B 1"]) -> Float[Array, " B"]:
-        """Chance that a draft passes, by the exit's top probability."""
-        if self.chances_BZ is not None:
-            top_B1 = jnp.take_along_axis(self.chances_BZ, confidence_level(top_B1), axis=1)
+    def chance(self, top_B1: Float[Array, "B 1"], at: Int[Array, ""]) -> Float[Array, " B"]:
+        """Chance that draft number `at` passes, by the exit's top probability."""
+        if self.chances_BZT is not None:
+            chances_BZ = self.chances_BZT[:, :, at]
+            top_B1 = jnp.take_along_axis(chances_BZ, confidence_level(top_B1), axis=1)
         return top_B1[:, 0]
 
 

@@ -148,7 +148,7 @@ def draft_tokens(
         chosen = draft.choose_if(active_B.any(), drafter, x_B1D, at)
         draft = draft.with_token(at, chosen)
         if confidence is not None:
-            sure_B = sure_B * confidence.chance(chosen.top_B1)
+            sure_B = sure_B * confidence.chance(chosen.top_B1, at)
             active_B &= confidence.suffices(sure_B, at)  # else the new token does not count
         draft = replace(draft, count_B=draft.count_B + active_B)
         active_B &= ~state.is_stop(chosen.token_B)

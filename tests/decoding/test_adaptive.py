@@ -19,12 +19,15 @@ from lsjax.decoding.auto.adaptive import IDLE_TOKENS, Adaptive, AutoArguments
 from lsjax.decoding.auto.choose import choose, seconds_of_drafts
 from lsjax.decoding.auto.learned import (
     DECAY,
-    GREEDY_CHANCES,
+    GREEDY,
     LOOKUP_CHANCES,
     TEXT_COUNT,
     USUAL_COUNT,
     Counts,
     Learned,
+    Usual,
+    expected_drafts,
+    in_turn,
 )
 from lsjax.decoding.auto.lookup import LONGEST
 from lsjax.decoding.auto.scores import scores
@@ -361,10 +364,23 @@ def test_seconds_of_more_work_are_no_fewer_by_hand():
 def test_seconds_of_drafts_by_hand(rounds, expected):
     """Rounds of 0, 2 and 5 drafts, whose verifications take 2, 4 and 7 seconds. If those of 2 and 5
     differ by 12 seconds, a draft costs (12 - 3) / 3."""
-    given = rounds, [2.0, 4.0, 7.0], [0.5]
+    given = rounds, [2.0, 4.0, 7.0], expected_drafts(jnp.array([0.5]), LENGTHS, GREEDY)
     run = jax.jit(seconds_of_drafts, static_argnums=0)
     found = run(LENGTHS, *map(np.array, given))
     np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_later_drafts_by_hand():
+    """Half of the first drafts are rejected, a quarter of the second ones, and a sixth of the third
+    ones. Greedy drafts pass with the same chance each."""
+    sampled = Usual(GREEDY.chances_Z, 1.0)
+    chance = jnp.array(0.5)
+    np.testing.assert_allclose(in_turn(chance, 3, sampled), [1 / 2, 3 / 4, 5 / 6], rtol=1e-6)
+    found = expected_drafts(chance, (0, 2, 3), sampled)
+    rows = [[0, 1 + 3 / 4, 1 + 3 / 4 + 5 / 8], [0, 1, 1 + 5 / 6], [0, 0, 1], [0, 0, 0]]
+    np.testing.assert_allclose(found, rows, rtol=1e-6)
+    greedy = [[0, 1.5, 1.75], [0, 1, 1.5], [0, 0, 1], [0, 0, 0]]
+    np.testing.assert_allclose(expected_drafts(chance, (0, 2, 3), GREEDY), greedy, rtol=1e-6)
 
 
 def test_dear_drafts_are_shorter(engine, expected):
@@ -397,19 +413,19 @@ def test_chances_by_hand():
     """One of three sure drafts failed. All pass less often than usual then, by 10 of 10.97: eight
     drafts weigh as usual beside them. Sure ones are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
-    assert unknown.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(np.mean(GREEDY_CHANCES))
-    np.testing.assert_allclose(unknown.chances(GREEDY_CHANCES)[0, 0], GREEDY_CHANCES, rtol=1e-6)
+    assert unknown.mean_chance(GREEDY)[0, 0] == pytest.approx(np.mean(GREEDY.chances_Z))
+    np.testing.assert_allclose(unknown.chances(GREEDY)[0, 0], GREEDY.chances_Z, rtol=1e-6)
     known = dataclasses.replace(
         unknown,
         passed_BEZ=unknown.passed_BEZ.at[sure].set(2),
         tried_BEZ=unknown.tried_BEZ.at[sure].set(3),
     )
-    *unsure, usual = np.array(GREEDY_CHANCES) * 10 / (8 + 3 * 0.99)
+    *unsure, usual = np.array(GREEDY.chances_Z) * 10 / (8 + 3 * 0.99)
     sure_chance = (2 + 2 * usual) / (3 + 2)
     expected = [*unsure, sure_chance]
-    np.testing.assert_allclose(known.chances(GREEDY_CHANCES)[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(known.chances(GREEDY)[0, 0], expected, rtol=1e-6)
     mean = (0.5 * sum(unsure) + 3.5 * sure_chance) / 5.5
-    assert known.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(mean)
+    assert known.mean_chance(GREEDY)[0, 0] == pytest.approx(mean)
 
 
 def test_chances_that_are_higher_than_usual_stay_below_one():
@@ -421,7 +437,7 @@ def test_chances_that_are_higher_than_usual_stay_below_one():
     factor = (24 + 8) / (24 * 0.25 + 8)
     expected = [(24 + 2 * 0.25 * factor) / 26, *[0.99] * 4]
     assert 0.5 * factor > 0.99
-    np.testing.assert_allclose(known.chances(GREEDY_CHANCES)[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(known.chances(GREEDY)[0, 0], expected, rtol=1e-6)
 
 
 @pytest.fixture
@@ -437,10 +453,8 @@ def divided():
 )
 def test_tokens_of_exits_by_hand(divided, least, share, chance):
     """If the first of two drafts passes, 1 + 1/2 are expected to: 0.15 or 1.35 beforehand."""
-    tokens = jax.jit(Learned.exit_tokens, static_argnums=1)
-    tokens_BEJ, drafts_BEJ = tokens(
-        divided, (0, 2), np.array([[0.0, least]]), np.array(GREEDY_CHANCES)
-    )
+    tokens = jax.jit(Learned.exit_tokens, static_argnums=(1, 3))
+    tokens_BEJ, drafts_BEJ = tokens(divided, (0, 2), np.array([[0.0, least]]), GREEDY)
     np.testing.assert_allclose(drafts_BEJ, [[[1, share]]], atol=1e-4)
     np.testing.assert_allclose(tokens_BEJ, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lsjax.decoding.auto.learned import GREEDY_CHANCES, SAMPLED_CHANCES, expected_tokens
+from lsjax.decoding.auto.learned import GREEDY, SAMPLED, expected_drafts, in_turn
 from lsjax.decoding.confidence import Confidence
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
@@ -43,14 +43,14 @@ def choose(
     the exits) and length.
     """
     learned, longest = state.learned, lengths[-1]
-    usual_Z = GREEDY_CHANCES if state.sampling is None else SAMPLED_CHANCES
+    usual = GREEDY if state.sampling is None else SAMPLED
     left_B11 = jnp.where(state.running_B, state.end_B - state.length_B, 0)[:, None, None]
     # Infinite seconds: not measured, or a choice that is ruled out. An exit drafts if it is sure
     # enough, or if its rounds without drafts were not measured. drafted: the chance that it does.
     idle_E1 = jnp.nan_to_num(seconds_QJ[1:, :1], posinf=0)
     wider_EJ = seconds_QJ[1:] - idle_E1
     least_EJ = jnp.where(idle_E1 > 0, wider_EJ / seconds_QJ[0, 0], 0)
-    exit_BEJ, drafted_BEJ = learned.exit_tokens(lengths, least_EJ, usual_Z)
+    exit_BEJ, drafted_BEJ = learned.exit_tokens(lengths, least_EJ, usual)
     drafted_EJ = 1 - jnp.prod(1 - drafted_BEJ, axis=0, where=left_B11 > 0)
     exit_EJ = jnp.nan_to_num(idle_E1 + drafted_EJ * wider_EJ, nan=jnp.inf, posinf=jnp.inf)
     lookup_BJ = learned.lookup_tokens(matched_B, lengths)
@@ -66,12 +66,13 @@ def choose(
         lengths,
         seconds_QJ[source],
         (1 - exit_layer / num_layers) * seconds_QJ[0],
-        learned.mean_chance(usual_Z)[:, own],
+        expected_drafts(learned.mean_chance(usual)[:, own], lengths, usual),
     )
     rate = rate_QJ.max() / state.running_B.sum()  # of a row
     # At most 1, the confidence before the first draft: so the exit's head runs at least once.
     least_BT = jnp.minimum(rate * seconds_BT, 1)
-    confidence = Confidence(least_BT, learned.chances(usual_Z)[:, own])
+    chances_BZT = in_turn(learned.chances(usual)[:, own], longest, usual)
+    confidence = Confidence(least_BT, chances_BZT)
     # An exit may draft up to the longest length: the confidence stops it.
     return Choice(exit_layer, jnp.where(source > 0, longest, length), confidence)
 
@@ -80,12 +81,13 @@ def seconds_of_drafts(
     lengths: tuple[int, ...],
     round_J: Float[Array, " J"],
     verified_J: Float[Array, " J"],
-    chance_B: Float[Array, " B"],
+    drafts_BTJ: Float[Array, "B T J"],
 ) -> Float[Array, "B T"]:
     """Cost of each further draft token, in seconds per expected token. It costs the exit's layers.
     One that needs a wider verification also pays for that, with those that fit beside it.
 
-    round_J: seconds of a round of each length. verified_J: of its verification.
+    round_J: seconds of a round of each length. verified_J: of its verification. drafts_BTJ: drafts
+    that are expected to pass from draft t on, if it does.
     """
     step = round_J[-1] - round_J[1] - (verified_J[-1] - verified_J[1])
     step = step / max(1, lengths[-1] - lengths[1])
@@ -94,6 +96,5 @@ def seconds_of_drafts(
     fits_T = np.argmax(ahead_TJ >= 0, axis=1)  # index of the length that holds these drafts
     wider_TJ = round_J - round_J[fits_T, None]
     wider_TJ = jnp.nan_to_num(wider_TJ, nan=0, posinf=jnp.inf, neginf=0)
-    tokens_BTJ = expected_tokens(chance_B[:, None, None], np.maximum(ahead_TJ, 1))
-    further_BT = jnp.where(ahead_TJ > 0, wider_TJ / tokens_BTJ, jnp.inf).min(-1)
-    return jnp.maximum(further_BT, step)
+    further_BTJ = wider_TJ / jnp.where(ahead_TJ > 0, drafts_BTJ, 1)
+    return jnp.maximum(jnp.where(ahead_TJ > 0, further_BTJ, jnp.inf).min(-1), step)

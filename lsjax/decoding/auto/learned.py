@@ -1,6 +1,5 @@
 """What auto has learned of a text: which drafts pass."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,15 +20,29 @@ SHARE_COUNT = 0.5
 # An exit that is surer than it should be is so at all levels. The usual chances of an exit weigh as
 # much as this many drafts.
 EXIT_COUNT = 8.0
-# By level of the exit's top probability. A sampled draft passes with the overlap of two
-# distributions, which is large for flat ones too.
-GREEDY_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
-SAMPLED_CHANCES = (0.75, 0.8, 0.87, 0.93, 0.98)
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Drafts of the last text that a new one begins with. Exits are as good in both, often.
 LESSON = 16.0
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
+
+
+class Usual(NamedTuple):
+    """What is usual of an exit before anything is known.
+
+    chances_Z: that a draft passes, by level of the exit's top probability. ease: a draft after t
+    passed ones is rejected (t + 1)^-ease times as often as a first one.
+    """
+
+    chances_Z: tuple[float, ...]
+    ease: float
+
+
+GREEDY = Usual((0.25, 0.5, 0.75, 0.95, 0.99), 0.0)
+# A sampled draft passes with the overlap of two distributions, which is large for flat ones too.
+# Block verification rejects a draft only if the product of p / q falls to a new minimum. That
+# becomes rare in a round, as for any random walk.
+SAMPLED = Usual((0.75, 0.8, 0.87, 0.93, 0.98), 0.4)
 
 
 class Counts(NamedTuple):
@@ -56,8 +69,8 @@ class Learned:
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         return cls(
-            passed_BEZ=jnp.zeros((batch, exits, len(GREEDY_CHANCES))),
-            tried_BEZ=jnp.zeros((batch, exits, len(GREEDY_CHANCES))),
+            passed_BEZ=jnp.zeros((batch, exits, len(GREEDY.chances_Z))),
+            tried_BEZ=jnp.zeros((batch, exits, len(GREEDY.chances_Z))),
             lookup_passed_BM=jnp.zeros((batch, LONGEST)),
             lookup_tried_BM=jnp.zeros((batch, LONGEST)),
             rounds_B=jnp.zeros(batch, jnp.int32),
@@ -82,27 +95,27 @@ class Learned:
         tried_BEZ = self.tried_BEZ + SHARE_COUNT
         return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
 
-    def chances(self, usual_Z: Sequence[float]) -> Float[Array, "B E Z"]:
-        """Chance that a draft of each exit passes, by its top probability. usual_Z: before anything
-        is known, GREEDY_CHANCES or SAMPLED_CHANCES."""
-        usual_BEZ = self.tried_BEZ * jnp.array(usual_Z)
+    def chances(self, usual: Usual) -> Float[Array, "B E Z"]:
+        """Chance that a first draft of each exit passes, by its top probability."""
+        usual_Z = jnp.array(usual.chances_Z)
+        usual_BEZ = self.tried_BEZ * usual_Z
         found_BE1, usual_BE1 = (n.sum(-1, keepdims=True) for n in (self.passed_BEZ, usual_BEZ))
         factor_BE1 = (found_BE1 + EXIT_COUNT) / (usual_BE1 + EXIT_COUNT)
-        expected_BEZ = jnp.minimum(factor_BE1 * jnp.array(usual_Z), 0.99)
+        expected_BEZ = jnp.minimum(factor_BE1 * usual_Z, 0.99)
         passed_BEZ = self.passed_BEZ + USUAL_COUNT * expected_BEZ
         return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
 
-    def mean_chance(self, usual_Z: Sequence[float]) -> Float[Array, "B E"]:
-        """Chance that a draft of each exit passes."""
-        return jnp.minimum((self.level_share_BEZ * self.chances(usual_Z)).sum(-1), 0.999)
+    def mean_chance(self, usual: Usual) -> Float[Array, "B E"]:
+        """Chance that a first draft of each exit passes."""
+        return (self.level_share_BEZ * self.chances(usual)).sum(-1)
 
     def exit_tokens(
-        self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"], usual_Z: Sequence[float]
+        self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"], usual: Usual
     ) -> tuple[Float[Array, "B E J"], Float[Array, "B E J"]]:
         """Expected tokens of a round with each exit and draft length, and the chance that it
         drafts: if the level of its first draft token promises `least_EJ` accepted ones."""
-        tokens_BEJ = expected_tokens(self.mean_chance(usual_Z)[..., None], np.array(lengths))
-        passed_BEJZ = self.chances(usual_Z)[:, :, None] * tokens_BEJ[..., None]
+        drafts_BEJ = expected_drafts(self.mean_chance(usual), lengths, usual)[:, :, 0]
+        passed_BEJZ = self.chances(usual)[:, :, None] * drafts_BEJ[..., None]
         drafts_BEJZ = jnp.where(
             passed_BEJZ >= least_EJ[..., None], self.level_share_BEZ[:, :, None], 0
         )
@@ -160,15 +173,30 @@ class Learned:
         )
 
 
-def expected_tokens(chance: Float[Array, "..."], number: np.ndarray) -> Float[Array, "..."]:
-    """Expected tokens of `number`, if the first is certain and others pass with the chance."""
-    return (1 - chance**number) / (1 - chance)
+def in_turn(first: Float[Array, "*b"], number: int, usual: Usual) -> Float[Array, "*b T"]:
+    """Chances that each of so many drafts passes, if those before it have. first: of the first."""
+    return 1 - (1 - first[..., None]) * (1.0 + np.arange(number)) ** -usual.ease
+
+
+def expected_drafts(
+    first: Float[Array, "*b"], lengths: tuple[int, ...], usual: Usual
+) -> Float[Array, "*b T J"]:
+    """Drafts that are expected to pass from draft t on, for each length, if draft t does: 1 for it,
+    and the chances of the later ones. 0 if the length ends before it."""
+    index_T = np.arange(1 + lengths[-1])
+    # The logarithm of the chance that drafts 1 to t pass.
+    later_TT = (index_T > 0) & (index_T <= index_T[:, None])
+    log_T = jnp.log(in_turn(first, len(index_T), usual))
+    log_T = jnp.where(later_TT, log_T[..., None, :], 0).sum(-1)
+    passes_TT = jnp.exp(log_T[..., None, :] - log_T[..., None])
+    counts_TJT = (index_T >= index_T[:, None, None]) & (index_T < np.array(lengths)[:, None])
+    return jnp.where(counts_TJT, passes_TT[..., None, :], 0).sum(-1)
 
 
 def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
 ) -> Counts:
     """Counts of an exit's drafts, [B, Z], by their top probability."""
-    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(GREEDY_CHANCES))
+    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(GREEDY.chances_Z))
     tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
     return Counts((tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1))
