@@ -64,7 +64,8 @@ EXPERIMENTS = (
         "quickstart",
         "The quickstart, with and without LayerSkip",
         "16 layers of width 256 learn the source code of Python's standard library from random "
-        "weights, three times with LayerSkip and three times without.",
+        "weights, three times with LayerSkip and three times without. Pauses of some trainings "
+        "are part of their minutes.",
         "--config quickstart --dtype bfloat16 --seeds 3 --prompts 16 --new-tokens 128 "
         "--num-draft-tokens 4 8",
     ),

@@ -27,6 +27,7 @@ from lsjax.evaluation import installed
 from lsjax.evaluation.tasks import TASKS
 from lsjax.io.files import remove_directory, writing
 from lsjax.reporting.figures import in_words
+from lsjax.reporting.machine import COMMIT
 from lsjax.reporting.page import plain, write_page
 from lsjax.reporting.plan import (
     BATCHES,
@@ -100,10 +101,14 @@ def make_report(
                 f"{directory} was measured under different conditions ({name}: {shown(was)} and "
                 f"{shown(is_)}): delete its measured-*.json and answers-*.jsonl to measure again"
             )
+    about = {"command": command, **first.about}
+    commits = [one.about[COMMIT] for one in models if COMMIT in one.about]
+    if commits:  # a resumed report may have several
+        about[COMMIT] = ", ".join(dict.fromkeys(commits))
     made = Report(
         title=as_path(asked.model).name if asked.model else "a new model",
         shape=measures.shape,
-        about={"command": command, **first.about},
+        about=about,
         recipe=chosen(plan.config) if asked.training else {},
         score=measures.score_name,
         models=tuple(models),
@@ -142,7 +147,7 @@ def fitted_plan(asked: Asked, directory: AnyPath, console: Console, num_batches:
 
 
 def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
-    """Times a few steps of each training, and tokens of autoregressive decoding."""
+    """Times a few steps of each training, scoring, and tokens of autoregressive decoding."""
     found = {}
     short = with_steps(asked.config, asked.base, TRIAL_STEPS)
     both = {"step": short, "plain_step": without_layerskip(short)}
@@ -155,9 +160,16 @@ def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
         found["start"] = max(found.get("start", 0.0), wall - TRIAL_STEPS * found[name])
     plan = Plan(asked=asked, config=short, num_prompts=1)
     measures = Measures(plan, trial, console)
-    engine = measures.engine(model if asked.training else measures.first)
+    path = model if asked.training else measures.first
+    engine = measures.engine(path)
     texts = [engine.generate([[*range(1, 9)]], max_new_tokens=TRIAL_TOKENS)[0] for _ in range(2)]
     seconds = min(text.decode_seconds for text in texts) / (TRIAL_TOKENS - 1)
+    opened, score = measures.open(path), measures.scorer(path)
+    batches = list(measures.held_out_of(opened.tokenizer, opened.source.config).rows)[:1]
+    score(batches)  # compiles
+    begin = time.monotonic()
+    score(batches)
+    found["batch"] = time.monotonic() - begin
     return Speeds(token=seconds, compiling=engine.programs.compile_seconds, **found)
 
 

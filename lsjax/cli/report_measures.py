@@ -1,7 +1,8 @@
 """What a report measures of a model: its exits on held-out rows, and texts by all strategies."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -187,11 +188,14 @@ class Measures:
 
     def scored(self, path: AnyPath) -> BatchSums:
         """Loss and agreement of every exit on the held-out rows."""
+        return self.scorer(path)(bar(self.notes, "scoring the exits")(list(self.held_out.rows)))
+
+    def scorer(self, path: AnyPath) -> Callable[[Iterable], BatchSums]:
+        """Scores every exit of a model on batches."""
         names = ("dtype", "micro_batches", "attention", "kernels")
         settings = {name: getattr(self.plan.config, name) for name in names}
         model = stacked(load(path, dtype=choose_dtype("auto")))
-        batches = bar(self.notes, "scoring the exits")(list(self.held_out.rows))
-        return exits.score_batches(model, batches, **settings)
+        return partial(exits.score_batches, model, **settings)
 
     def answered(self, kind: Kind, seed: int) -> tuple[dict[str, Any], ...]:
         """Decodes the held-out prompts; without LayerSkip only for the score of a task."""

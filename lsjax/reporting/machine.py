@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 PACKAGES = ("lsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+COMMIT = "commit"  # a key of `made_on`
 # Instructions of x86 processors, widest first, by the names that Linux gives them.
 VECTORS = {
     "amx_bf16": "AMX",
@@ -70,7 +71,7 @@ def versions() -> str:
 def made_on() -> dict[str, str]:
     """When, where and by which code a figure is made."""
     made = {"date": f"{date.today()}", "machine": machine_name(), "versions": versions()}
-    return made | ({"commit": commit()} if commit() else {})
+    return made | ({COMMIT: commit()} if commit() else {})
 
 
 def commit() -> str:

@@ -21,7 +21,6 @@ FEWEST_STEPS = 20
 DEFAULT_MINUTES = 60.0
 SLOWER = 1.06  # steps and tokens may take longer than in the first minute
 CHEAPER = 0.8  # time of a text by another strategy, of that by autoregressive decoding
-FORWARD = 1 / 3  # time of scoring a batch, of a training step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,8 @@ class Speeds(Checked):
     """A training step without it."""
     start: float = 0.0
     """Start, compilation and end of one training."""
+    batch: float = 0.0
+    """Scoring all exits on a held-out batch."""
     token: float
     """A token of autoregressive decoding."""
     compiling: float
@@ -112,7 +113,7 @@ def _affordable(
     compiling, prompt = _decoding_seconds(asked, speeds, strategies)
     share = DECODING if asked.training else 1.0
     num_prompts = asked.prompts or _largest(PROMPTS, (share * total - spent - compiling) / prompt)
-    batch = models * speeds.plain_step * FORWARD
+    batch = models * speeds.batch
     num_batches = _largest(BATCHES, SCORING * total / batch if batch else math.inf)
     fixed = spent + compiling + num_prompts * prompt + num_batches * batch + models * speeds.start
     step = asked.seeds * (speeds.step + speeds.plain_step) * SLOWER

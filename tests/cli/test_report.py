@@ -13,6 +13,7 @@ from lsjax.cli.main import main
 from lsjax.cli.report_compare import as_reports
 from lsjax.cli.report_making import as_flag, asked, make_report
 from lsjax.config import ConfigError, DataConfig
+from lsjax.reporting.machine import commit
 from lsjax.reporting.recipes import chosen
 from lsjax.reporting.record import read_report
 
@@ -201,6 +202,10 @@ def test_training_and_its_control(model_directory, tmp_path, capsys):
     assert re.search("exact_match", made.answer) and made.texts[0]["tokens"]
     assert not (tmp_path / "report" / "trial").exists()
     assert lsjax.report(tmp_path / "report", **given) == made
+    file = tmp_path / "report" / "measured-plain-1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"about": {"commit": "older"}}))
+    resumed = lsjax.report(tmp_path / "report", **given)
+    assert resumed.about["commit"] == f"{commit()}, older".removeprefix(", ")
     with pytest.raises(ConfigError, match="was begun with seeds 2, now it is 1"):
         lsjax.report(tmp_path / "report", **given | {"seeds": 1})
     with pytest.raises(ConfigError, match="model and config are both None"):

@@ -11,7 +11,7 @@ from lsjax.reporting.recipes import SAMPLE_STEPS, chosen, recipe, with_steps, wi
 
 MODEL = LlamaConfig.smollm2_135m()
 BASE = recipe(MODEL, "smollm2", DataConfig(), SAMPLE_STEPS)
-SPEEDS = Speeds(step=2.0, plain_step=1.0, start=10.0, token=0.02, compiling=5.0)
+SPEEDS = Speeds(step=2.0, plain_step=1.0, start=10.0, batch=0.3, token=0.02, compiling=5.0)
 
 
 def asked(**more) -> Asked:
@@ -29,7 +29,7 @@ def seconds(plan, strategies: int, speeds: Speeds = SPEEDS, spent: float = 0.0) 
     scored = plan.num_batches + evaluations * found.evaluation.batches
     total = spent + models * speeds.start + (strategies + 1) * given.seeds * speeds.compiling
     total += texts * given.new_tokens * speeds.token
-    total += models * scored * speeds.plain_step * plans.FORWARD
+    total += models * scored * speeds.batch
     return total + given.seeds * found.num_steps * (speeds.step + speeds.plain_step)
 
 
@@ -40,6 +40,15 @@ def test_a_plan_fills_its_time(minutes, seeds):
     assert 0.9 < seconds(found, 11, spent=60) / (60 * minutes) <= 1
     assert found.num_prompts in plans.PROMPTS and found.num_batches in plans.BATCHES
     assert found.config.optimizer.warmup_steps == -(-found.config.num_steps // 25)
+
+
+def test_slow_scoring_takes_its_time():
+    """The heads of 30 exits take longer than a step: fewer batches are scored, and fewer steps."""
+    slow = replace(SPEEDS, batch=9.0)
+    found, usual = (make_plan(asked(), speeds, 11, spent=60) for speeds in (slow, SPEEDS))
+    assert 0.9 < seconds(found, 11, slow, spent=60) / (60 * 30) <= 1
+    assert found.num_batches == plans.BATCHES[0] < usual.num_batches
+    assert found.config.num_steps < usual.config.num_steps
 
 
 def test_too_short_a_time_is_refused_with_one_that_works():
