@@ -49,7 +49,7 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch, model_
         tyro.cli(importlib.import_module(name).Arguments, args=given)
         return
     if program == "report":  # whose recipe depends on the model
-        known = {"PATH": [str(model_directory)]}
+        known = dict.fromkeys(("PATH", "smollm2"), [str(model_directory)])
         known["RUN"] = [*known["PATH"], "--data.source", "python_source"]
         given = [part for word in given for part in known.get(word, [word])]
     found = find(program.removesuffix(".py")).parsed(given)
