@@ -28,10 +28,10 @@ TEXT_COUNT = 4.0
 
 
 class Usual(NamedTuple):
-    """What is usual of an exit before anything is known.
+    """What `auto` expects of an exit's drafts before it has counted any.
 
-    chances_Z: that a draft passes, by level of the exit's top probability. ease: a draft after t
-    passed ones is rejected (t + 1)^-ease times as often as a first one.
+    chances_Z: chance that a first draft passes, by level of the exit's top probability. ease: after
+    t passed drafts, the next one is rejected (t + 1)^-ease times as often as a first one.
     """
 
     chances_Z: tuple[float, ...]
@@ -40,8 +40,8 @@ class Usual(NamedTuple):
 
 GREEDY = Usual((0.25, 0.5, 0.75, 0.95, 0.99), 0.0)
 # A sampled draft passes with the overlap of two distributions, which is large for flat ones too.
-# Block verification rejects a draft only if the product of p / q falls to a new minimum. That
-# becomes rare in a round, as for any random walk.
+# Block verification rejects later drafts of a round less often. 0.4 fits exits 1, 2 and 4 of the
+# quickstart.
 SAMPLED = Usual((0.75, 0.8, 0.87, 0.93, 0.98), 0.4)
 
 
@@ -184,10 +184,10 @@ def expected_drafts(
     """Drafts that are expected to pass from draft t on, for each length, if draft t does: 1 for it,
     and the chances of the later ones. 0 if the length ends before it."""
     index_T = np.arange(1 + lengths[-1])
-    # The logarithm of the chance that drafts 1 to t pass.
+    # Logarithm of the chance that drafts 1 to t pass.
     later_TT = (index_T > 0) & (index_T <= index_T[:, None])
-    log_T = jnp.log(in_turn(first, len(index_T), usual))
-    log_T = jnp.where(later_TT, log_T[..., None, :], 0).sum(-1)
+    chance_T = in_turn(first, len(index_T), usual)
+    log_T = jnp.where(later_TT, jnp.log(chance_T)[..., None, :], 0).sum(-1)
     passes_TT = jnp.exp(log_T[..., None, :] - log_T[..., None])
     counts_TJT = (index_T >= index_T[:, None, None]) & (index_T < np.array(lengths)[:, None])
     return jnp.where(counts_TJT, passes_TT[..., None, :], 0).sum(-1)
