@@ -21,7 +21,12 @@ from lsjax.reporting.page import exit_table, facts, speed_table
 from lsjax.reporting.record import REPORT, Report, read_report
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
-HEADING = ("what", "auto", "best fixed setting", "loss, with LayerSkip less without")
+HEADING = (
+    "what",
+    "speedup of auto",
+    "of the best fixed setting",
+    "loss, with LayerSkip less without",
+)
 COLUMNS = 100
 ABOUT = ("machine", "versions", "commit", "date", "held out", "prompts")
 
@@ -87,7 +92,7 @@ def row(experiment: Experiment, report: Report) -> list[str]:
     found = summarised(report)
     cells = [experiment.title]
     for one in (found.auto, found.fixed):
-        cells.append("-" if one is None else f"{in_doubt(one)}x")
+        cells.append("-" if one is None else in_doubt(one))
     cells[-1] += "" if found.fixed is None else f", {found.fixed.cell}"
     gap = found.loss_difference
     return [*cells, "-" if gap is None else gap.text("+.3f")]
