@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import lsjax
-from lsjax.cli.flags.report import PROGRAM
+from lsjax.cli.flags.report import PROGRAM, templates_of
 from lsjax.cli.main import main
 from lsjax.cli.report_compare import as_reports
 from lsjax.cli.report_making import as_flag, asked, make_report
@@ -67,6 +67,17 @@ def test_a_configuration_file_is_the_recipe(text, model_directory):
     assert finetuned.model == other.model and finetuned.init_from == str(model_directory)
     assert chosen(finetuned)["init_from"] == str(model_directory)
     assert changed.base.data.source == "text" and changed.base.data.vocab_size == 512
+
+
+def test_a_task_reads_the_rows_of_the_configuration(tmp_path):
+    """Only if they have the task's templates. Another task has its own data set."""
+    rows = DataConfig(source="tsv", paths=("rows.tsv",), **templates_of("topv2"))
+    base = parsed("--config", "quickstart", "--output", "x").base
+    file = tmp_path / "own.py"
+    file.write_text(f"from lsjax import *\nconfig = {replace(base, data=rows)!r}")
+    given = ["--config", file, "--output", "x", "--task"]
+    assert parsed(*given, "topv2").base.data == rows
+    assert parsed(*given, "gsm8k").base.data.source == "tfds"
 
 
 @pytest.mark.parametrize(

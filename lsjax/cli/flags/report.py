@@ -172,9 +172,10 @@ def data_config(early: Early, own: DataConfig | None) -> DataConfig:
     own: of the configuration or run. Raises ConfigError if there are no data.
     """
     settings, paths, source = templates_of(early.task), early.data.paths, early.data.source
+    has_rows = own is not None and bool(own.paths) and replace(own, **settings) == own
     if early.model is not None:
         settings["tokenizer"] = str(early.model)
-    if early.task is not None and not paths and source in (None, "tfds"):
+    if early.task is not None and not (paths or has_rows) and source in (None, "tfds"):
         from lsjax.evaluation.tasks import TASKS
 
         name = TASKS[early.task].tfds
