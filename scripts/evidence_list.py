@@ -73,7 +73,7 @@ EXPERIMENTS = (
         "from_scratch",
         "From scratch",
         "16 layers of width 384, which read bytes, learn the same source code for longer.",
-        "--config from_scratch_python --dtype bfloat16 --minutes 110 --new-tokens 128 "
+        "--config from_scratch_python --dtype bfloat16 --minutes 60 --new-tokens 128 "
         "--num-draft-tokens 4 8",
         paper="""
 | the paper's models from scratch on CNN/DM (Table 4) | exit | accepted | speedup |
@@ -251,9 +251,8 @@ EXPERIMENTS = (
     Experiment(
         "recipes_task",
         "Recipes: three seeds on TOPv2",
-        "SmolLM2-135M, 100 steps. The recipe is that of `lsjax report`, with exits 8, 15 and 23. "
-        "Early exits are 2, 4 and 8. Losses differ from those of the same training without "
-        "LayerSkip.",
+        "SmolLM2-135M, 100 steps. Exits 2, 4 and 8, with equal weights, are the recipe of "
+        "`lsjax report`. Losses differ from those of the same training without LayerSkip.",
         "task",
         program="python scripts/recipe_study.py",
         needs=("smollm2", "topv2"),

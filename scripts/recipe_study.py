@@ -70,13 +70,13 @@ SIZES = {
 }
 # The best recipes on the quickstart as it is now.
 BEST = {PLAIN: WITHOUT, BASE: "", "dropout 0.1": FACTORS["dropout 0.1"], PAPER: FACTORS[PAPER]}
-# The same for TOPv2: the recipe of `lsjax report`, and exits as early as the quickstart's. The
+# The same for TOPv2: exits at quarters of the depth, and exits as early as the quickstart's. The
 # paper's is that of its finetuning on TOPv2.
 UNIFORM = "--early-exit.weights uniform --early-exit.custom-weights"
 TASK = {
     PLAIN: WITHOUT,
-    BASE: UNIFORM,
-    "early exits": f"--early-exit.exits 2 4 8 {UNIFORM}",
+    "exits 8, 15, 23": UNIFORM,
+    "exits 2, 4, 8": f"--early-exit.exits 2 4 8 {UNIFORM}",
     PAPER: "--early-exit.curriculum gradual --early-exit.exits --early-exit.weights paper "
     "--early-exit.custom-weights --early-exit.token-share 1 --layer-dropout.p-max 0.2",
 }
@@ -110,7 +110,7 @@ HEADING = (
     "step",
 )
 TEXTS = "--prompts 16 --new-tokens 128 --num-draft-tokens 4 8"
-ANSWERS = "--prompts 32 --task topv2 --num-draft-tokens 4"
+ANSWERS = "--prompts 16 --task topv2 --num-draft-tokens 4 --batch-size 1"  # 64 rows are scored
 PARTS = {
     "factors": Part("quickstart", FACTORS, 400, (0,), TEXTS, OLD),
     "texts": Part("quickstart", SIZES, 400, (0,), TEXTS, OLD),
@@ -208,8 +208,9 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
             both = ([one.models[0] for one in some] for some in (own, plain))
             gap = loss_differences(*both).text("+.3f")
         fast = [speeds(one) for one in own]
-        best = [max(each, key=lambda one: one.figures["ideal"] or 1) for each in fast]
-        ideal = statistics.fmean(one.figures["ideal"] or 1 for one in best)
+        fixed = [[one for one in each if one.cell.exit_layer is not None] for each in fast]
+        best = [max(each, key=lambda one: one.figures["ideal"]) for each in fixed]
+        ideal = statistics.fmean(one.figures["ideal"] for one in best)
         exit_ = best[0].cell.exit_layer
         agreed = from_seeds([agreements(one, one.main)[exit_ - 1] for one in own]).value
         auto = [speed_of(one, "auto") for one in fast]

@@ -104,8 +104,8 @@ def test_fields_in_steps_keep_their_share_unless_they_were_given():
 
 
 def test_recipes():
-    """Exits at quarters of the depth. The control differs in layer dropout and exits only."""
-    assert BASE.early_exit.exits == (8, 15, 22) and BASE.optimizer.learning_rate == 1e-3
+    """Early exits. The control differs in layer dropout and exits only."""
+    assert BASE.early_exit.exits == (2, 4, 8) and BASE.optimizer.learning_rate == 1e-3
     BASE.check_model(MODEL)
     plain = without_layerskip(BASE)
     assert plain.layer_dropout.p_max == 0 and plain.early_exit.curriculum == "none"
@@ -117,7 +117,7 @@ def test_recipes():
     wide = recipe(LlamaConfig.llama2_7b(), "llama", DataConfig(), 100)
     assert wide.optimizer.learning_rate == pytest.approx(1.41e-4, rel=0.01)
     shown = chosen(BASE)
-    assert shown["early_exit.exits"] == (8, 15, 22) and "model.hidden_size" not in shown
+    assert shown["early_exit.exits"] == (2, 4, 8) and "model.hidden_size" not in shown
 
 
 def test_a_plan_is_kept(tmp_path):
