@@ -252,7 +252,8 @@ EXPERIMENTS = (
         "recipes_task",
         "Recipes: three seeds on TOPv2",
         "SmolLM2-135M, 100 steps. Exits 2, 4 and 8, with equal weights, are the recipe of "
-        "`lsjax report`. Losses differ from those of the same training without LayerSkip.",
+        "`lsjax report`. Losses differ from those of the same training without LayerSkip. Other "
+        "programs, with the lowest priority, ran beside some of these trainings.",
         "task",
         program="python scripts/recipe_study.py",
         needs=("smollm2", "topv2"),
