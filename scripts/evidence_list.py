@@ -251,9 +251,9 @@ EXPERIMENTS = (
     Experiment(
         "recipes_task",
         "Recipes: three seeds on TOPv2",
-        "SmolLM2-135M, 100 steps. Exits 2, 4 and 8, with equal weights, are the recipe of "
-        "`lsjax report`. Losses differ from those of the same training without LayerSkip. Other "
-        "programs, with the lowest priority, ran beside some of these trainings.",
+        "SmolLM2-135M, 100 steps. Exits 2, 4 and 8 are those of the recipe of `lsjax report`. "
+        "Losses differ from those of the same training without LayerSkip. Other programs, with the "
+        "lowest priority, ran beside some of these trainings and measurements.",
         "task",
         program="python scripts/recipe_study.py",
         needs=("smollm2", "topv2"),

@@ -1,7 +1,7 @@
 """The recipe of a report: which exits, weights, dropout and learning rate for which model.
 
-Its numbers are close to those of configs/finetune_topv2_smollm2.py. On TOPv2, its exits were better
-than others and than the paper's recipe (docs/results.md, "Recipes: three seeds on TOPv2"). Each
+Its numbers are close to those of configs/finetune_topv2_smollm2.py. On TOPv2, `auto` was fastest
+with these exits, though intervals overlap (docs/results.md, "Recipes: three seeds on TOPv2"). Each
 field is a flag, which replaces it.
 """
 

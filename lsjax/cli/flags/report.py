@@ -172,6 +172,7 @@ def data_config(early: Early, own: DataConfig | None) -> DataConfig:
     own: of the configuration or run. Raises ConfigError if there are no data.
     """
     settings, paths, source = templates_of(early.task), early.data.paths, early.data.source
+    # Whether the run or configuration reads rows of this task already.
     has_rows = own is not None and bool(own.paths) and replace(own, **settings) == own
     if early.model is not None:
         settings["tokenizer"] = str(early.model)
