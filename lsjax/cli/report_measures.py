@@ -273,7 +273,7 @@ class Measures:
             "data": described(self.plan.config.data),
             "held out": f"{held.rows.rows.describe()}; {len(held.rows)} batches are scored",
             "prompts": f"{len(held.questions)}, at most {asked.new_tokens} new tokens, {how}",
-            "dtype": f"{choose_dtype('auto')} for decoding",
+            "dtype of decoding": f"{choose_dtype('auto')}",
         }
 
     def alike(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class TokenRows:
         text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
         text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
         lost = {"truncated": self.num_truncated, "dropped": self.num_dropped}
-        lost["also in training, left out"] = self.num_shared
+        lost["left out, as they are also in the training data"] = self.num_shared
         return text + "".join(f", {number:,} {why}" for why, number in lost.items() if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:

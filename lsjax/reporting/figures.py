@@ -46,6 +46,7 @@ class Summary:
     plain_loss: Estimate | None
     loss_difference: Estimate | None
     scores: dict[Kind, Estimate]
+    score_difference: Estimate | None
 
     @property
     def pays(self) -> bool | None:
@@ -63,7 +64,7 @@ def summarised(report: Report) -> Summary:
     """The answer's figures."""
     main, plain, found = report.main, report.of("plain"), speeds(report)
     fixed = [one for one in found if one.cell.strategy == SelfSpeculative.name]
-    scores = {kind: score(report, kind) for kind in NAMES if report.score and report.of(kind)}
+    scores = {kind: score(report, kind) for kind in NAMES if report.score}
     return Summary(
         auto=next((one for one in found if one.cell.strategy == Adaptive.name), None),
         fixed=max(fixed, key=lambda one: (one.figures["trusted"], one.speedup.value), default=None),
@@ -71,6 +72,7 @@ def summarised(report: Report) -> Summary:
         plain_loss=losses(report, "plain")[-1] if plain else None,
         loss_difference=loss_differences(report.of(main), plain) if plain else None,
         scores={kind: one for kind, one in scores.items() if one is not None},
+        score_difference=score_difference(report),
     )
 
 
@@ -111,15 +113,31 @@ def loss_difference(one: Measured, other: Measured) -> Estimate:
 
 def score(report: Report, kind: Kind) -> Estimate | None:
     """Mean score of the full model's answers; None without answers."""
-    found = []
-    for one in report.of(kind):
-        own = [
-            a["scores"][report.score] for a in one.answers if a["strategy"] == Autoregressive.name
-        ]
-        if not own:
-            return None
-        found.append(from_samples(np.mean, own, of="prompts"))
-    return from_seeds(found)
+    each = [full_model_scores(one, report.score) for one in report.of(kind)]
+    return _mean_score([list(scores.values()) for scores in each])
+
+
+def score_difference(report: Report) -> Estimate | None:
+    """Score with LayerSkip minus that without, on the same prompts; None if one is missing."""
+    pairs = zip(report.of("layerskip"), report.of("plain"), strict=False)
+    gaps = []
+    for pair in pairs:
+        one, other = (full_model_scores(model, report.score) for model in pair)
+        gaps.append([one[prompt] - other[prompt] for prompt in one.keys() & other.keys()])
+    return _mean_score(gaps)
+
+
+def full_model_scores(model: Measured, name: str) -> dict[tuple[str, int], float]:
+    """Score of each answer by autoregressive decoding, by prompt and sample; empty without one."""
+    own = [one for one in model.answers if one["strategy"] == Autoregressive.name]
+    return {(one["id"], one["sample"]): one["scores"][name] for one in own if name}
+
+
+def _mean_score(each: Sequence[Sequence[float]]) -> Estimate | None:
+    """Mean over the prompts and the trainings; None if a training has no scores."""
+    if not each or not all(each):
+        return None
+    return from_seeds([from_samples(np.mean, own, of="prompts") for own in each])
 
 
 def speeds(report: Report) -> list[Speed]:
@@ -165,6 +183,17 @@ def _over_seeds(cell: Cell, rows: Sequence[dict[str, Any]]) -> Speed:
     return Speed(cell, speedup, figures)
 
 
+def equal_texts(report: Report) -> tuple[int, int]:
+    """Greedy texts with drafts that equal those of autoregressive decoding, and all such texts."""
+    found = [
+        one["difference"] is None
+        for model in report.of(report.main)
+        for one in model.answers
+        if one["strategy"] != Autoregressive.name and one["seed"] is None
+    ]
+    return sum(found), len(found)
+
+
 def choices(report: Report) -> list[tuple[str, float, float]]:
     """What auto drafted with: the source ("exit 2", "lookup" or "none"), its share of the rounds,
     and tokens of such a round. The most frequent one comes first."""
@@ -208,7 +237,10 @@ def in_words(report: Report) -> str:
     parts.append(f"{loss}.")
     if found.scores:
         each = (f"{one.text('.3f')} {NAMES[kind]}" for kind, one in found.scores.items())
-        parts.append(f"Score ({report.score}): {', '.join(each)}.")
+        words = ", ".join(each)
+        if found.score_difference is not None:
+            words += f"; difference {found.score_difference.text('+.3f')}"
+        parts.append(f"Score ({report.score}): {words}.")
     return " ".join(parts)
 
 

@@ -17,6 +17,7 @@ from lsjax.reporting.figures import (
     Speed,
     agreements,
     choices,
+    equal_texts,
     in_doubt,
     losses,
     speeds,
@@ -88,15 +89,21 @@ def facts(report: Report) -> list[tuple[str, str]]:
         (f"{report.score}, {NAMES[kind]}", with_source(one, ".3f"))
         for kind, one in found.scores.items()
     ]
+    if found.score_difference is not None:
+        rows.append(("difference of the scores", with_source(found.score_difference, "+.3f")))
     for one in (found.auto, found.fixed):
         if one is not None:
             rows.append((f"speedup of {one.cell}", with_source(one.speedup, ".2f")))
     drafted = [
-        f"{name} in {share:.0%} of its rounds, {tokens:.1f} tokens each"
+        f"{name} in {share:.0%} of its rounds, {tokens:.1f} new tokens a round"
         for name, share, tokens in choices(report)
     ]
     if drafted:
         rows.append(("auto drafted with", "; ".join(drafted)))
+    equal, texts = equal_texts(report)
+    if texts:
+        same = f"{equal} of {texts} equal the text of autoregressive decoding"
+        rows.append(("greedy texts with drafts", same))
     shape = report.shape
     size = f"{shape.num_params / 1e6:,.1f} million parameters, {shape.num_layers} layers"
     rows.append(("model", f"{size} of width {shape.hidden_size}"))

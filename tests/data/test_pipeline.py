@@ -196,7 +196,8 @@ def test_a_validation_set_of_its_own_is_left_without_what_is_in_training(passes,
     }
     assert sorted(texts["train"]) == [f"question {n}? answer {n}" for n in range(8)]
     assert sorted(texts["validation"]) == sorted(f"question {n}? other {n}" for n in range(8, 12))
-    assert held["validation"].rows.describe().endswith("2 also in training, left out")
+    words = held["validation"].rows.describe()
+    assert words.endswith("2 left out, as they are also in the training data")
     assert held["train"].rows.describe().endswith("% full")
     rows = joined(held["validation"])
     responses = [row[1][row[1] >= 0].tolist() for row in rows if row[2].any()]

@@ -12,10 +12,12 @@ from lsjax.reporting.figures import (
     accepted,
     agreements,
     choices,
+    equal_texts,
     in_words,
     loss_difference,
     losses,
     score,
+    score_difference,
     speeds,
     summarised,
 )
@@ -76,7 +78,7 @@ def test_what_auto_drafted_with():
     assert choices(given) == [("exit 1", 0.5, 2.5), ("none", 0.25, 1.0), ("lookup", 0.25, 3.5)]
     assert choices(report()) == []
     words = dict(facts(given))["auto drafted with"]
-    assert words.startswith("exit 1 in 50% of its rounds, 2.5 tokens each; none in 25%")
+    assert words.startswith("exit 1 in 50% of its rounds, 2.5 new tokens a round; none in 25%")
 
 
 def test_the_answer():
@@ -132,6 +134,26 @@ def test_scores_of_a_task():
     assert "Score (accuracy): 0.500 (0.000 to 1.000) with LayerSkip, 0.000 without" in in_words(
         found
     )
+
+
+def test_differences_of_scores_are_of_the_same_prompts():
+    """The gaps are -0.25 and 0.25, so their interval is half as wide as that of the scores."""
+    both = [one | {"scores": {"accuracy": float(one["id"] == "1")}} for one in answers()]
+    own = measured("layerskip", 2.5, exits=(1,), answers=tuple(both))
+    rows = [one | {"scores": {"accuracy": 0.25 + one["scores"]["accuracy"] / 2}} for one in both]
+    plain = measured("plain", 2.0, answers=tuple(rows))
+    found = summarised(report(own, plain, score="accuracy")).score_difference
+    assert (found.value, found.low, found.high, found.count) == (0.0, -0.25, 0.25, 2)
+    assert score_difference(report(own, score="accuracy")) is None
+
+
+def test_greedy_texts_that_differ_are_counted():
+    """Six texts of auto and of exit 1: one differs, one is sampled and does not count."""
+    rows = [*answers()]
+    rows[1] |= {"difference": {"position": 3}}
+    rows[2] |= {"seed": 0}
+    found = report(measured("given", 2.0, answers=tuple(rows)))
+    assert equal_texts(found) == (4, 5)
 
 
 def test_texts_of_one_token_have_no_speed():
