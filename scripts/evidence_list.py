@@ -85,7 +85,11 @@ EXPERIMENTS = (
     Experiment(
         "topv2",
         "Finetuning on a task: TOPv2",
-        "SmolLM2-135M learns to turn an English request into its semantic tree.",
+        "SmolLM2-135M learns to turn an English request into its semantic tree, with the files of "
+        "Human Annotated Data in [Hinglish-TOP]"
+        "(https://github.com/google-research-datasets/Hinglish-TOP-Dataset). Held-out requests "
+        "that the training file has, too, are left out. Other programs ran beside both trainings, "
+        "so their minutes are rough. Answers are greedy.",
         f"--config finetune_topv2_smollm2 --model smollm2 {TOPV2} --prompts 64 --dtype bfloat16 "
         "--num-draft-tokens 4 8",
         needs=("smollm2", "topv2"),
@@ -153,7 +157,7 @@ EXPERIMENTS = (
         "Choosing drafts automatically: finetuned on TOPv2",
         "The same with the model of the section on TOPv2.",
         f"{MIXED} -- --model build/evidence/topv2/runs/layerskip-0 {SETTINGS} --exit-layers 8 15 "
-        "--num-draft-tokens 4 8 12 --draft-vocab 0 4096 --new-tokens 64 --repeats 2",
+        "--num-draft-tokens 4 8 12 --draft-vocab 4096 --new-tokens 64 --repeats 2",
         program="python scripts/proofs/mixed_prompts.py",
         needs=("question.jsonl", "topv2", "build/evidence/topv2/report.json"),
     ),
