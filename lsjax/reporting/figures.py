@@ -123,7 +123,7 @@ def score_difference(report: Report) -> Estimate | None:
     gaps = []
     for pair in pairs:
         one, other = (full_model_scores(model, report.score) for model in pair)
-        gaps.append([one[prompt] - other[prompt] for prompt in one.keys() & other.keys()])
+        gaps.append([one[prompt] - other[prompt] for prompt in one if prompt in other])
     return _mean_score(gaps)
 
 
