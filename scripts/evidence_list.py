@@ -88,8 +88,8 @@ EXPERIMENTS = (
         "SmolLM2-135M learns to turn an English request into its semantic tree, with the files of "
         "Human Annotated Data in [Hinglish-TOP]"
         "(https://github.com/google-research-datasets/Hinglish-TOP-Dataset). Held-out requests "
-        "that the training file has, too, are left out. Other programs ran beside both trainings, "
-        "so their minutes are rough. Answers are greedy.",
+        "that are also in the training file are left out. Other programs ran beside both "
+        "trainings, so their minutes are rough. Answers are greedy.",
         f"--config finetune_topv2_smollm2 --model smollm2 {TOPV2} --prompts 64 --dtype bfloat16 "
         "--num-draft-tokens 4 8",
         needs=("smollm2", "topv2"),

@@ -72,7 +72,7 @@ def summarised(report: Report) -> Summary:
         plain_loss=losses(report, "plain")[-1] if plain else None,
         loss_difference=loss_differences(report.of(main), plain) if plain else None,
         scores={kind: one for kind, one in scores.items() if one is not None},
-        score_difference=score_difference(report),
+        score_difference=score_difference(report) if plain and report.score else None,
     )
 
 
@@ -113,24 +113,23 @@ def loss_difference(one: Measured, other: Measured) -> Estimate:
 
 def score(report: Report, kind: Kind) -> Estimate | None:
     """Mean score of the full model's answers; None without answers."""
-    each = [full_model_scores(one, report.score) for one in report.of(kind)]
+    each = [_full_model_scores(report, one) for one in report.of(kind)]
     return _mean_score([list(scores.values()) for scores in each])
 
 
 def score_difference(report: Report) -> Estimate | None:
-    """Score with LayerSkip minus that without, on the same prompts; None if one is missing."""
-    pairs = zip(report.of("layerskip"), report.of("plain"), strict=False)
+    """Score with LayerSkip minus that without, on the same prompts; None without answers."""
     gaps = []
-    for pair in pairs:
-        one, other = (full_model_scores(model, report.score) for model in pair)
+    for pair in zip(report.of("layerskip"), report.of("plain"), strict=True):
+        one, other = (_full_model_scores(report, model) for model in pair)
         gaps.append([one[prompt] - other[prompt] for prompt in one if prompt in other])
     return _mean_score(gaps)
 
 
-def full_model_scores(model: Measured, name: str) -> dict[tuple[str, int], float]:
-    """Score of each answer by autoregressive decoding, by prompt and sample; empty without one."""
+def _full_model_scores(report: Report, model: Measured) -> dict[tuple[str, int], float]:
+    """Score of each answer by autoregressive decoding, by prompt and sample."""
     own = [one for one in model.answers if one["strategy"] == Autoregressive.name]
-    return {(one["id"], one["sample"]): one["scores"][name] for one in own if name}
+    return {(one["id"], one["sample"]): one["scores"][report.score] for one in own}
 
 
 def _mean_score(each: Sequence[Sequence[float]]) -> Estimate | None:

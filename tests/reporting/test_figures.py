@@ -17,7 +17,6 @@ from lsjax.reporting.figures import (
     loss_difference,
     losses,
     score,
-    score_difference,
     speeds,
     summarised,
 )
@@ -144,7 +143,7 @@ def test_differences_of_scores_are_of_the_same_prompts():
     plain = measured("plain", 2.0, answers=tuple(rows))
     found = summarised(report(own, plain, score="accuracy")).score_difference
     assert (found.value, found.low, found.high, found.count) == (0.0, -0.25, 0.25, 2)
-    assert score_difference(report(own, score="accuracy")) is None
+    assert summarised(report(own, score="accuracy")).score_difference is None
 
 
 def test_greedy_texts_that_differ_are_counted():
