@@ -218,16 +218,22 @@ class Measures:
         return tuple({k: v for k, v in one.items() if k not in LEFT_OUT} for one in found)
 
     def strategies(self, path: AnyPath) -> list[Strategy]:
-        """Autoregressive decoding, auto, and each exit with each draft length."""
+        """Autoregressive decoding, auto, and each exit with each draft length. The fixed settings
+        have the draft vocabulary that auto has."""
         asked, model = self.plan.asked, self.open(path)
-        own = self.exits(model.source.config, engines.trained_exits(model))
-        settings = dict(model=path, exit_layers=own, num_draft_tokens=asked.num_draft_tokens)
-        static = DecodingFlags(strategies=("self_speculative",), **settings)
         chosen = DecodingFlags(strategies=("autoregressive", "auto"), model=path)
-        return [
-            *engines.make_strategies(chosen, model),
-            *(engines.make_strategies(static, model) if own else ()),
-        ]
+        found = engines.make_strategies(chosen, model)
+        own = self.exits(model.source.config, engines.trained_exits(model))
+        if not own:
+            return found
+        static = DecodingFlags(
+            model=path,
+            strategies=("self_speculative",),
+            exit_layers=own,
+            num_draft_tokens=asked.num_draft_tokens,
+            draft_vocab=found[-1].draft_vocab,
+        )
+        return found + engines.make_strategies(static, model)
 
     @property
     def score_name(self) -> str:
@@ -248,12 +254,14 @@ class Measures:
         file = self.directory / "texts.json"
         if file.exists():
             return read_json(file, ConfigError)["texts"]
-        engine = self.engine(self.path(model.kind, model.seed))
+        path = self.path(model.kind, model.seed)
+        engine = self.engine(path)
         fixed = [row for row in rows_of(self.shape, model) if row["ideal"] is not None]
         best = max(fixed, key=lambda row: row["ideal"], default={"ideal": 0})
         strategy: Strategy = Adaptive(())
         if best["ideal"] > 1:
-            strategy = SelfSpeculative(best["exit_layer"], best["num_draft_tokens"])
+            setting = Cell(*(best[name] for name in Cell._fields))
+            strategy = next(one for one in self.strategies(path) if Cell.of(one) == setting)
         engine.use(strategy)
         found = []
         for question in self.held_out.questions[:NUM_TEXTS]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 NEW_TOKENS = 64
 LSJAX = [sys.executable, "-m", "lsjax"]
+SETTING = ("exit_layer", "num_draft_tokens", "draft_vocab")
 FIELDS = ("drafted_by_position", "accepted_by_position")
 
 
@@ -35,18 +36,19 @@ def main(model: str, directory: str) -> int:
     subprocess.run([*command, "--num-draft-tokens", "3", "5"], check=True)
     report = json.loads(Path(directory, "report.json").read_text())
     own = [one for one in report["models"][0]["answers"] if one["strategy"] == "self_speculative"]
-    settings = sorted({(one["exit_layer"], one["num_draft_tokens"]) for one in own})
+    settings = dict.fromkeys(tuple(one[name] for name in SETTING) for one in own)
     wrong = 0
-    for exit_layer, drafts in settings:
-        setting = {"exit_layer": exit_layer, "num_draft_tokens": drafts}
-        rows = [one for one in own if setting.items() <= one.items()]
+    for setting in settings:
+        rows = [one for one in own if tuple(one[name] for name in SETTING) == setting]
         expected = [summed(rows, name) for name in FIELDS]
-        texts = decoded(model, prompts, exit_layer, drafts)
+        texts = decoded(model, prompts, *setting)
         found = [summed(texts, name) for name in FIELDS]
         wrong += found != expected
         for one in texts:  # the first token comes from the prompt
             wrong += one["num_new_tokens"] != 1 + one["rounds"] + sum(one["accepted_by_position"])
-        print(f"exit {exit_layer}, {drafts} drafts: {found[1]} of {found[0]}, report {expected[1]}")
+        exit_layer, drafts, vocab = setting
+        named = f"exit {exit_layer}, {drafts} drafts, vocabulary {vocab or 'all'}"
+        print(f"{named}: {found[1]} of {found[0]}, report {expected[1]}")
     print(f"{wrong} differences in {len(settings)} settings, {len(prompts)} prompts")
     return int(wrong > 0)
 
@@ -60,7 +62,9 @@ def summed(rows: list[dict], name: str) -> list[int]:
     return [total[position] for position in sorted(total)]
 
 
-def decoded(model: str, prompts: list[str], exit_layer: int, drafts: int) -> list[dict]:
+def decoded(
+    model: str, prompts: list[str], exit_layer: int, drafts: int, vocab: int | None
+) -> list[dict]:
     """The JSON lines of decode.py."""
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "prompts.jsonl"), Path(folder, "found.jsonl")
@@ -68,6 +72,7 @@ def decoded(model: str, prompts: list[str], exit_layer: int, drafts: int) -> lis
         command = [sys.executable, "decode.py", "--model", model, "--prompt-file", str(given)]
         command += ["--strategy", "self_speculative", "--exit-layer", str(exit_layer)]
         command += ["--num-draft-tokens", str(drafts), "--max-new-tokens", str(NEW_TOKENS)]
+        command += ["--draft-vocab", str(vocab)] if vocab else []
         command += ["--json", str(found)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return lines_of(found)
