@@ -150,6 +150,8 @@ def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
     """Times a few steps of each training, scoring, and tokens of autoregressive decoding."""
     found = {}
     short = with_steps(asked.config, asked.base, TRIAL_STEPS)
+    # Steps that are saved are slower, and a training saves few of them.
+    short = replace(short, checkpoints=replace(short.checkpoints, every=TRIAL_STEPS))
     both = {"step": short, "plain_step": without_layerskip(short)}
     for name, config in both.items() if asked.training else ():
         begin, model = time.monotonic(), trial / name

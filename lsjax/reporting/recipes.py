@@ -29,7 +29,7 @@ SAMPLE_STEPS = 9_960
 # In a run, evenly spaced. Both come together at the last step only: a run that resumes at a saved
 # step does not repeat the evaluation there.
 EVALUATIONS, SAVES = 4, 5
-HELD_OUT_BATCHES = 4  # of an evaluation during the run
+HELD_OUT_BATCHES = 2  # of an evaluation during the run
 PROMPT_TOKENS = 64
 # Fields that count steps of a run.
 _IN_STEPS = (("optimizer", "warmup_steps"), ("checkpoints", "every"), ("evaluation", "every"))
