@@ -73,7 +73,7 @@ EXPERIMENTS = (
         "from_scratch",
         "From scratch",
         "16 layers of width 384, which read bytes, learn the same source code for longer.",
-        "--config from_scratch_python --dtype bfloat16 --minutes 60 --new-tokens 128 "
+        "--config from_scratch_python --dtype bfloat16 --minutes 40 --new-tokens 128 "
         "--num-draft-tokens 4 8",
         paper="""
 | the paper's models from scratch on CNN/DM (Table 4) | exit | accepted | speedup |
