@@ -18,7 +18,6 @@ from lsjax.cli.setup import bar, choose_dtype
 from lsjax.config import (
     AnyPath,
     ConfigError,
-    DataConfig,
     LlamaConfig,
     TrainConfig,
     as_path,
@@ -42,7 +41,7 @@ from lsjax.io.files import cache_directory, read_json, write_json
 from lsjax.model.llama import stacked
 from lsjax.reporting import machine
 from lsjax.reporting.figures import rows_of
-from lsjax.reporting.held_out import HeldOut, held_out
+from lsjax.reporting.held_out import HeldOut, described, held_out
 from lsjax.reporting.plan import Plan
 from lsjax.reporting.recipes import without_layerskip
 from lsjax.reporting.record import Kind, Measured, curve
@@ -295,9 +294,3 @@ class Measures:
             "temperature": asked.sampling.temperature,
             "score": self.score_name,
         }
-
-
-def described(data: DataConfig) -> str:
-    """The source of the documents, and its files."""
-    named = data.paths or ((data.tfds_name,) if data.tfds_name else ())
-    return " ".join([data.source, *named])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.config import Sampling, TrainConfig, check
+from lsjax.config import DataConfig, Sampling, TrainConfig, check
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request
@@ -120,3 +120,9 @@ def _each_row(batches: OnePass) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
         for tokens_T, labels_T, segments_T in zip(*parts, strict=True):
             if segments_T[0]:
                 yield tokens_T, labels_T, segments_T
+
+
+def described(data: DataConfig) -> str:
+    """The source of the documents, and its files."""
+    named = data.paths or ((data.tfds_name,) if data.tfds_name else ())
+    return " ".join([data.source, *named])
