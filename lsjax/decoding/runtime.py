@@ -147,7 +147,9 @@ class Runtime:
         that the timed program can decode."""
         half, depth = min(capacity // 2, capacity - strategy.slack), strategy.depth(self.model)
         sampling = serves[0].sampling if serves else GREEDY
-        own = Request(prompt=(1,) * half, max_new_tokens=half, sampling=sampling)
+        # In sampling, a lookup ends before a token that may not be drafted.
+        token = 1 if strategy.vocabulary is None else int(strategy.vocabulary.ids_W[0])
+        own = Request(prompt=(token,) * half, max_new_tokens=half, sampling=sampling)
         state = DecodeState.create(
             [own] * rows,
             cache=self.new_cache(rows, capacity, depth),

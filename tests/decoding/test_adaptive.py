@@ -168,6 +168,18 @@ def test_pauses_are_measured_with_the_round_before_them(shallow, tokenizer, on_t
 
 
 @pytest.mark.long
+def test_lookups_are_timed_with_drafts(shallow, tokenizer):
+    """Also in sampling, where lookups may draft tokens of the vocabulary only."""
+    vocabulary = DraftVocabulary(np.arange(50, 90, dtype=np.int32))
+    strategy = Adaptive((1,), vocabulary, lengths=LENGTHS)
+    serves = [Request(prompt=(1,), max_new_tokens=9, sampling=Sampling(temperature=1.0))]
+    watch = Engine(shallow, tokenizer, strategy).runtime.stopwatch(strategy, 1, 320, serves)
+    seconds_QJ = jnp.array(only(0, 2)[:2], jnp.float32)
+    watch.run(1, strategy.arguments(shallow).with_seconds(seconds_QJ))
+    assert int(watch._state.round_BS.max()) == 1 + LENGTHS[-1]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", [LOOKUPS, adaptive(only(0, 0)), adaptive()])
 def test_the_same_tokens_with_pauses(model, tokenizer, expected, strategy, on_tpus):
     engine = Engine(model, tokenizer, batch_size=3)
