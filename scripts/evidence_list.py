@@ -106,10 +106,9 @@ EXPERIMENTS = (
     Experiment(
         "continual_text",
         "Continual pretraining on text",
-        "SmolLM2-135M reads Python's documentation in half an hour, which includes the training "
-        "without LayerSkip and the measurements, by the recipe of `lsjax report`. Another program "
-        "ran beside the first training for two minutes, so the whole took 35. "
-        "The paper's models read 52 billion tokens.",
+        "SmolLM2-135M reads Python's documentation, by the recipe of `lsjax report`. The half hour "
+        "includes the training without LayerSkip and the measurements. The paper's models read 52 "
+        "billion tokens.",
         "--model smollm2 --data.paths 'python_doc/**/*.rst.txt' --minutes 30",
         needs=("smollm2", "python_doc"),
         paper="""

@@ -254,13 +254,11 @@ class Measures:
         if file.exists():
             return read_json(file, ConfigError)["texts"]
         path = self.path(model.kind, model.seed)
-        engine = self.engine(path)
-        fixed = [row for row in rows_of(self.shape, model) if row["ideal"] is not None]
-        best = max(fixed, key=lambda row: row["ideal"], default={"ideal": 0})
-        strategy: Strategy = Adaptive(())
-        if best["ideal"] > 1:
-            setting = Cell(*(best[name] for name in Cell._fields))
-            strategy = next(one for one in self.strategies(path) if Cell.of(one) == setting)
+        engine, strategies = self.engine(path), self.strategies(path)
+        ideals = {Cell.of(row): row["ideal"] or 0 for row in rows_of(self.shape, model)}
+        strategy = max(strategies, key=lambda one: ideals[Cell.of(one)])
+        if ideals[Cell.of(strategy)] <= 1:
+            strategy = Adaptive(())
         engine.use(strategy)
         found = []
         for question in self.held_out.questions[:NUM_TEXTS]:

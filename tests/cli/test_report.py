@@ -11,7 +11,7 @@ import lsjax
 from lsjax.cli.flags.report import PROGRAM, templates_of
 from lsjax.cli.main import main
 from lsjax.cli.report_compare import as_reports
-from lsjax.cli.report_making import as_flag, asked, make_report
+from lsjax.cli.report_making import TRIAL_STEPS, as_flag, asked, make_report, timed
 from lsjax.config import ConfigError, DataConfig
 from lsjax.reporting.machine import commit
 from lsjax.reporting.recipes import chosen
@@ -167,6 +167,23 @@ def test_what_can_not_be_compared(model_directory, tmp_path):
     assert not output.exists()
 
 
+class Began(Exception):
+    """A training began."""
+
+
+def test_the_trial_saves_its_last_step_alone(text, model_directory, tmp_path, monkeypatch):
+    """Saving would slow the steps that are timed."""
+
+    def train(config, *_, **__):
+        assert config.checkpoints.every == config.num_steps == TRIAL_STEPS
+        raise Began
+
+    monkeypatch.setattr("lsjax.cli.report_making.shown_run", train)
+    found = parsed("--model", model_directory, "--data.paths", text, "--output", "x")
+    with pytest.raises(Began):
+        timed(asked(found.flags, found.base, has_config=False), tmp_path, Console())
+
+
 def test_flags_of_fields():
     """What is announced can be given."""
     assert as_flag("early_exit.exits", (4, 8)) == "--early-exit.exits 4 8"
@@ -176,8 +193,10 @@ def test_flags_of_fields():
 
 
 @pytest.mark.long
-def test_training_and_its_control(model_directory, tmp_path, capsys):
-    """A task from Python: both are trained on as many tokens, with two seeds, and scored."""
+def test_training_and_its_control(model_directory, tmp_path, capsys, monkeypatch):
+    """A task from Python: both are trained on as many tokens, with two seeds, and scored. Fixed
+    settings have the draft vocabulary that auto has."""
+    monkeypatch.setattr("lsjax.cli.engines.best_draft_vocab", lambda *_: 8)
     rows = [{"q": f"{n}+1=", "a": f"{n + 1}"} for n in range(300)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -210,6 +229,8 @@ def test_training_and_its_control(model_directory, tmp_path, capsys):
     assert first.loss_nE != second.loss_nE and first.tokens_n == plain.tokens_n
     assert {row["kind"] for row in plain.training} == {"step", "evaluation"}
     assert [one["strategy"] for one in plain.answers] == ["autoregressive"] * 3
+    sizes = {one["strategy"]: one["draft_vocab"] for one in first.answers}
+    assert sizes == {"autoregressive": None, "auto": 8, "self_speculative": 8}
     assert re.search("exact_match", made.answer) and made.texts[0]["tokens"]
     assert not (tmp_path / "report" / "trial").exists()
     assert lsjax.report(tmp_path / "report", **given) == made
