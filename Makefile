@@ -15,14 +15,14 @@ SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # Trains with LayerSkip, decodes held-out prompts with the trained model, and writes a page about
 # it. Texts are sampled, since greedy texts of small models repeat themselves, and repetitions are
-# easy to draft. Each of two cores is one device. Processors with AMX are faster as one device, and
-# in bfloat16 (docs/training.md, "On CPUs").
+# easy to draft. Each of two cores is one device. Processors that multiply bfloat16 (AMX, or AVX-512
+# BF16) are faster in it, and as one device (docs/training.md, "On CPUs").
 RUN ?= runs/quickstart
-AMX := $(shell grep -qsw amx_bf16 /proc/cpuinfo && echo yes)
+BF16 := $(shell grep -qsw -e amx_bf16 -e avx512_bf16 /proc/cpuinfo && echo yes)
 quickstart: $(VENV)/installed
-	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$(if $(AMX),1,2) GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$(if $(BF16),1,2) GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) \
-		$(if $(AMX),--dtype bfloat16,--mesh.data 2)
+		$(if $(BF16),--dtype bfloat16,--mesh.data 2)
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy auto --temperature 0.8 --show-drafts
 	$(BIN)/lsjax report --no-training --model $(RUN) --prompts 16 --new-tokens 128 \

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the table of README.md, from the reports of scripts/evidence.py.
+"""Writes docs/results.md, and the tables of README.md, from the reports of scripts/evidence.py.
 
     python scripts/results.py
 
@@ -22,7 +22,6 @@ from lsjax.reporting.record import REPORT, Report, read_report
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
 HEADING = (
-    "what",
     "speedup of auto",
     "of the best fixed setting",
     "loss, with LayerSkip less without",
@@ -37,21 +36,29 @@ def main() -> int:
     for one in filter(lambda one: one.is_done, EXPERIMENTS):
         page = replaced(page, one.name, section(one))
         if (one.directory / REPORT).exists():
-            rows[one.title] = row(one, read_report(one.directory))
+            report = read_report(one.directory)
+            rows[one.title] = report.about["machine"], row(one, report)
     PAGE.write_text(page, "utf-8")
     if rows:
         readme = README.read_text("utf-8")
-        README.write_text(replaced(readme, "results", table_of(readme, rows)), "utf-8")
+        README.write_text(replaced(readme, "results", tables_of(readme, rows)), "utf-8")
     return 0
 
 
-def table_of(readme: str, new: dict[str, Sequence[str]]) -> list[str]:
-    """README's table with new rows. Others keep what they have."""
+def tables_of(readme: str, new: dict[str, tuple[str, Sequence[str]]]) -> list[str]:
+    """README's tables with new rows, one for each machine. Others keep what they have."""
     old = readme.partition("<!-- results -->\n")[2].partition("<!-- end results -->")[0]
-    rows = [line.strip("| ").split(" | ") for line in old.splitlines()[2:]]
-    all_rows = {cells[0]: cells for cells in rows} | new
-    order = [one.title for one in EXPERIMENTS if one.title in all_rows]
-    return table([HEADING, *(all_rows[title] for title in order)])
+    found = {}
+    for block in filter(None, old.split("\n\n")):
+        heading, _, *rows = (line.strip("| ").split(" | ") for line in block.splitlines())
+        found |= {cells[0]: (heading[0].removeprefix("on "), cells) for cells in rows}
+    found |= new
+    titles = [one.title for one in EXPERIMENTS if one.title in found]
+    lines: list[str] = []
+    for machine in dict.fromkeys(found[title][0] for title in titles):
+        own = [found[title][1] for title in titles if found[title][0] == machine]
+        lines += [*([""] if lines else []), *table([(f"on {machine}", *HEADING), *own])]
+    return lines
 
 
 def replaced(page: str, name: str, lines: Iterable[str]) -> str:
@@ -88,7 +95,7 @@ def of_report(report: Report) -> list[str]:
 
 
 def row(experiment: Experiment, report: Report) -> list[str]:
-    """A row of README's table."""
+    """A row of README's tables."""
     found = summarised(report)
     cells = [experiment.title]
     for one in (found.auto, found.fixed):

@@ -1,4 +1,4 @@
-"""docs/results.md and README.md's table, written from reports (scripts/results.py)."""
+"""docs/results.md and README.md's tables, written from reports (scripts/results.py)."""
 
 from pathlib import Path
 
@@ -56,6 +56,24 @@ def test_a_row_stays_when_its_report_is_gone(scripts):
     rows = Path("README.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[3:5]] == [f"| {first.title}", f"| {second.title}"]
     assert "+0.250" in rows[3] and "+0.500" in rows[4]
+
+
+def test_no_table_has_rows_of_two_machines(scripts):
+    evidence_list, results = scripts
+    titles = [one.title for one in evidence_list.EXPERIMENTS[:3]]
+    new = {
+        titles[0]: ("one", [titles[0], "1"]),
+        titles[1]: ("another", [titles[1], "2"]),
+        titles[2]: ("one", [titles[2], "3"]),
+    }
+    first = results.tables_of("<!-- results -->\n<!-- end results -->", dict([*new.items()][:2]))
+    readme = "\n".join(["<!-- results -->", *first, "<!-- end results -->"])
+    blocks = "\n".join(results.tables_of(readme, dict([*new.items()][2:]))).split("\n\n")
+    found = [[line.split(" | ")[0].strip("| ") for line in one.splitlines()] for one in blocks]
+    assert [(one[0], one[2:]) for one in found] == [
+        ("on one", [titles[0], titles[2]]),
+        ("on another", [titles[1]]),
+    ]
 
 
 def test_a_table_of_another_experiment(scripts):
