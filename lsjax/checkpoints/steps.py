@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -230,11 +231,21 @@ def without_dropped_readers() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
-    except Exception:
-        gc.collect()  # drops them now
+    except Exception as error:
+        # Drops them now. The frames of the error's traceback still hold them.
+        for one in _chain(error):
+            traceback.clear_frames(one.__traceback__)
+        gc.collect()
         raise
     finally:
         sys.unraisablehook = before
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _read_meta(path: AnyPath) -> dict[str, Any]:

@@ -93,7 +93,6 @@ def test_loaded_onto_a_mesh(run, whole, sizes):
         assert [leaf.sharding for leaf in jax.tree.leaves(model)] == expected
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py
 def test_a_step_saved_from_a_mesh_is_checked_on_one_device(run, whole, tmp_path):
     config = dataclasses.replace(CONFIG.checkpoints, keep_last=2)
     lines: list[str] = []
