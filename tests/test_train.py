@@ -20,7 +20,7 @@ import pytest
 
 import lsjax
 from lsjax.checkpoints.lock import LOCK
-from lsjax.checkpoints.run import held_out_losses, read_metrics
+from lsjax.checkpoints.run import METRICS, held_out_losses, read_metrics
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.cli import shown_run
 from lsjax.cli.flags.config_file import read_config_file
@@ -139,6 +139,26 @@ def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(
     assert "resumes after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(finished)
     assert rows_of(cut) == rows_of(finished)
+
+
+def test_a_resumed_run_makes_the_evaluation_that_a_kill_prevented(config, finished, tmp_path):
+    """Step 3 was saved. Its sample was made, but its evaluation was not."""
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    for step in (4, 6):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    rows = [
+        row
+        for row in read_metrics(cut)
+        if row["step"] <= 3 and (row["step"], row["kind"]) != (3, "evaluation")
+    ]
+    (cut / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert launch(config, cut) == 0
+
+    def in_order(run):
+        return sorted(rows_of(run), key=lambda row: (row["step"], row["kind"]))
+
+    assert in_order(cut) == in_order(finished)
 
 
 def test_data_and_tokenizer_may_move_but_not_change(config, finished, tmp_path, capsys):

@@ -97,12 +97,11 @@ def train_run(
         state = newest_state(run, checkpoints, like)
         if (first := int(state.step)) > 0:
             say(f"resumes after step {first}")
-        due = [make_hook(run) for make_hook in make_hooks]
-        if first == config.num_steps:
-            due = unfinished(run, due)
-            if not due:
-                say(f"all {first} steps are done: nothing to do")
-                return state
+        hooks = [make_hook(run) for make_hook in make_hooks]
+        left = unfinished(run, hooks, first)
+        if first == config.num_steps and not left:
+            say(f"all {first} steps are done: nothing to do")
+            return state
         if config.exit_blocks.keep_states:
             base = read_json(run.workdir / BASE, ConfigError).get("float32", "")
             where = dict(place=run.place, cache=cache_directory())
@@ -115,9 +114,9 @@ def train_run(
         try:
             shown = watch(run, first) if watch else nullcontext(paced(print, config.num_steps))
             with closing(log), shown as show, tracing as train_step:
-                loop = TrainingLoop(run, state, checkpoints, log, due, show)
+                loop = TrainingLoop(run, state, checkpoints, log, hooks, show)
                 del state  # the loop's first step donates it
-                return loop.run(train_step)
+                return loop.run(train_step, left)
         finally:
             say(f"{log.clock}")
 
@@ -140,11 +139,18 @@ def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -
     return restored.state
 
 
-def unfinished(run: TrainingRun, hooks: Sequence[Hook]) -> list[Hook]:
-    """Hooks of the last step that are not done: the program may have been killed during them."""
-    rows, last = read_metrics(run.workdir), run.config.num_steps
-    done = {row["kind"] for row in rows if row["step"] == last}
-    return [hook for hook in hooks if hook.kind not in done]
+def hooks_due(hooks: Sequence[Hook], step: int, num_steps: int) -> list[Hook]:
+    """Hooks that run after a step of a training of `num_steps`."""
+    return [hook for hook in hooks if step % hook.every == 0 or step == num_steps]
+
+
+def unfinished(run: TrainingRun, hooks: Sequence[Hook], step: int) -> list[Hook]:
+    """Hooks of a saved step that are not done: the program may have ended before they were."""
+    if step == 0:
+        return []
+    done = {row["kind"] for row in read_metrics(run.workdir) if row["step"] == step}
+    due = hooks_due(hooks, step, run.config.num_steps)
+    return [hook for hook in due if hook.kind not in done]
 
 
 def draft_ids(run: TrainingRun) -> Int32[np.ndarray, " W"] | None:
@@ -159,7 +165,7 @@ class TrainingLoop:
     """Trains from the step of `state` to the last.
 
     A step is saved before its hooks run. The first hooks after a start may run out of memory, so
-    their step is saved and on disk before. If `state` is at the last step, only the hooks run.
+    their step is saved and on disk before.
     """
 
     def __init__(
@@ -178,16 +184,18 @@ class TrainingLoop:
         # The last step and the time at which it is done, while it is not reported.
         self._waiting: tuple[int, Metrics, Future[float]] | None = None
 
-    def run(self, train_step: Callable[..., tuple[TrainState, Metrics]]) -> TrainState:
-        """Trains, and returns the final state, which is saved.
+    def run(
+        self, train_step: Callable[..., tuple[TrainState, Metrics]], left: Sequence[Hook] = ()
+    ) -> TrainState:
+        """Trains, and returns the final state, which is saved. left: hooks of the first state's
+        step that are not done. They run first.
 
         Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors
         of hooks, with the state saved by a single process. Raises CheckpointError if the last state
         can't be saved, or if another trainer has taken over the directory.
         """
         num_steps, first = self._config.num_steps, self.step
-        if first == num_steps:
-            self._evaluate(self._hooks)
+        self._evaluate(left)
         with signals() as stop, ThreadPoolExecutor(1) as watcher:
             ready = watcher.submit(time.time)  # time from which the devices have nothing to do
             while self.step < num_steps:
@@ -213,7 +221,7 @@ class TrainingLoop:
         """Saves and evaluates, if it is time. stopped_by: number of a signal."""
         step, num_steps = self.step, self._config.num_steps
         last = step == num_steps or stopped_by is not None
-        due = [hook for hook in self._hooks if step % hook.every == 0 or step == num_steps]
+        due = hooks_due(self._hooks, step, num_steps)
         comes_first = bool(due) and not self._has_evaluated
         saving = last or comes_first or step % self._config.checkpoints.every == 0
         if not (due or saving):
@@ -234,7 +242,6 @@ class TrainingLoop:
             if jax.process_count() == 1:
                 self._save()
             raise
-        self._has_evaluated = self._has_evaluated or bool(due)
 
     def _report(self) -> None:
         """Shows and logs the last step, if it is not reported yet."""
@@ -264,6 +271,7 @@ class TrainingLoop:
         for hook in due:
             self._log.write(hook.kind, self.step, hook.call(self.step, self.state.model))
             self._log.spent("evaluation", self.step)
+            self._has_evaluated = True
 
 
 def time_when_ready(metrics: Metrics) -> float:

@@ -64,6 +64,7 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
         ],
+        left=(),
         show=lambda step, line: None,
     )
     given |= options
@@ -80,8 +81,8 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
     checkpoints.newest = lambda: max(saved)
     log = MetricsLog(tmp_path, config, state.step, time.time())
     with closing(log):
-        train_step = given.pop("train_step")
-        return loop.TrainingLoop(known, state, checkpoints, log, **given).run(train_step)
+        train_step, left = given.pop("train_step"), given.pop("left")
+        return loop.TrainingLoop(known, state, checkpoints, log, **given).run(train_step, left)
 
 
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
@@ -176,10 +177,13 @@ def test_a_run_that_another_trainer_took_over_stops_before_it_saves(tmp_path):
     assert saved == [2] and seen == [(2, "model 2")]
 
 
-def test_hooks_look_at_a_last_step_that_is_done(tmp_path):
+@pytest.mark.parametrize(("first", "later"), [(4, [6, 7]), (7, [])])
+def test_hooks_that_are_left_come_first(tmp_path, first, later):
     saved, seen = [], []
-    run(tmp_path, start(7), saved, seen)
-    assert seen == [(7, "model 0")] and saved == []
+    hook = Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {})
+    run(tmp_path, start(first), saved, [], hooks=[hook], left=[hook])
+    assert seen == [(first, "model 0"), *((step, f"model {step}") for step in later)]
+    assert saved == later
 
 
 def test_a_hook_that_fails_loses_no_step(tmp_path):
