@@ -124,7 +124,7 @@ def make(arguments: Arguments, variant: Variant) -> int:
         return 0
     model, number = arguments.model, variant.answers
     write = f"answers --model {model} --chat --num-prompts {number} --output {folder} "
-    write += f"--batch-size 32 --dtype {arguments.dtype}"
+    write += f"--batch-size 96 --dtype {arguments.dtype}"
     paths, documents = f"{folder / ANSWERS}", number
     if variant.texts:
         others = arguments.output / "texts.jsonl"
