@@ -44,6 +44,8 @@ from lsjax.reporting.record import Report, write_report
 from lsjax.terminal import SafeConsole
 
 TRIAL_STEPS, TRIAL_TOKENS = 5, 32  # that are timed in the first minutes
+# Five short steps are too few to time: they are as noisy as the machine. So more are trained.
+LONGER_TRIAL, MOST_TRIAL_STEPS = 5.0, 50  # seconds, and steps
 NEW_TOKENS = 64  # of texts that are no answers to a task
 
 
@@ -149,17 +151,14 @@ def fitted_plan(asked: Asked, directory: AnyPath, console: Console, num_batches:
 def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
     """Times a few steps of each training, scoring, and tokens of autoregressive decoding."""
     found = {}
+    for name in ("step", "plain_step") if asked.training else ():
+        with_layerskip, model = name == "step", trial / name
+        found[name], start = timed_steps(asked, with_layerskip, TRIAL_STEPS, model)
+        found["start"] = max(found.get("start", 0.0), start)
+        more = min(int(LONGER_TRIAL / found[name]), MOST_TRIAL_STEPS)
+        if more > TRIAL_STEPS:
+            found[name], _ = timed_steps(asked, with_layerskip, more, trial / f"{name}_longer")
     short = with_steps(asked.config, asked.base, TRIAL_STEPS)
-    # Steps that are saved are slower, and a training saves few of them.
-    short = replace(short, checkpoints=replace(short.checkpoints, every=TRIAL_STEPS))
-    both = {"step": short, "plain_step": without_layerskip(short)}
-    for name, config in both.items() if asked.training else ():
-        begin, model = time.monotonic(), trial / name
-        shown_run(config, model, SafeConsole(quiet=True), hooks=[])
-        wall = time.monotonic() - begin
-        rows = [row["seconds"] for row in read_metrics(model) if row["kind"] == "step"]
-        found[name] = statistics.median(rows[2:])
-        found["start"] = max(found.get("start", 0.0), wall - TRIAL_STEPS * found[name])
     plan = Plan(asked=asked, config=short, num_prompts=1)
     measures = Measures(plan, trial, console)
     path = model if asked.training else measures.first
@@ -173,6 +172,23 @@ def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
     score(batches)
     found["batch"] = time.monotonic() - begin
     return Speeds(token=seconds, compiling=engine.programs.compile_seconds, **found)
+
+
+def timed_steps(
+    asked: Asked, with_layerskip: bool, number: int, workdir: AnyPath
+) -> tuple[float, float]:
+    """Trains so many steps; returns seconds of a step, and those of the start and the end."""
+    config = with_steps(asked.config, asked.base, number)
+    if not with_layerskip:
+        config = without_layerskip(config)
+    # Steps that are saved are slower, and a training saves few of them.
+    config = replace(config, checkpoints=replace(config.checkpoints, every=number))
+    begin = time.monotonic()
+    shown_run(config, workdir, SafeConsole(quiet=True), hooks=[])
+    wall = time.monotonic() - begin
+    seconds = [row["seconds"] for row in read_metrics(workdir) if row["kind"] == "step"]
+    step = statistics.fmean(seconds[2:])  # the first ones compile
+    return step, wall - number * step
 
 
 def announce(plan: Plan, console: Console) -> None:

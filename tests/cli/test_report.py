@@ -8,10 +8,18 @@ import pytest
 from rich.console import Console
 
 import lsjax
+from lsjax.checkpoints.run import METRICS
 from lsjax.cli.flags.report import PROGRAM, templates_of
 from lsjax.cli.main import main
 from lsjax.cli.report_compare import as_reports
-from lsjax.cli.report_making import TRIAL_STEPS, as_flag, asked, make_report, timed
+from lsjax.cli.report_making import (
+    TRIAL_STEPS,
+    as_flag,
+    asked,
+    make_report,
+    timed,
+    timed_steps,
+)
 from lsjax.config import ConfigError, DataConfig
 from lsjax.reporting.machine import commit
 from lsjax.reporting.recipes import chosen
@@ -182,6 +190,34 @@ def test_the_trial_saves_its_last_step_alone(text, model_directory, tmp_path, mo
     found = parsed("--model", model_directory, "--data.paths", text, "--output", "x")
     with pytest.raises(Began):
         timed(asked(found.flags, found.base, has_config=False), tmp_path, Console())
+
+
+def test_short_steps_are_timed_longer(text, model_directory, tmp_path, monkeypatch):
+    """Five steps of 0.25 seconds are too few to time. 20 follow, of both trainings."""
+    trained = []
+
+    def train(config, workdir, *_, **__):
+        layerskip = config.early_exit.curriculum != "none"
+        trained.append((workdir.name, config.num_steps, layerskip))
+        workdir.mkdir(parents=True)
+        seconds = 9.0, 5.0, 0.125, 0.125, 0.5  # two that compile, and a mean of 0.25
+        rows = [{"kind": "step", "step": n, "seconds": one} for n, one in enumerate(seconds, 1)]
+        rows.insert(3, {"kind": "evaluation", "step": 3, "seconds": 7.0})
+        (workdir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ends(*_):
+        raise Began
+
+    monkeypatch.setattr("lsjax.cli.report_making.shown_run", train)
+    monkeypatch.setattr("lsjax.cli.report_making.Measures", ends)
+    found = parsed("--model", model_directory, "--data.paths", text, "--output", "x")
+    wanted = asked(found.flags, found.base, has_config=False)
+    assert timed_steps(wanted, True, 7, tmp_path / "one")[0] == 0.25
+    with pytest.raises(Began):
+        timed(wanted, tmp_path, Console())
+    expected = [("step", 5, True), ("step_longer", 20, True)]
+    expected += [("plain_step", 5, False), ("plain_step_longer", 20, False)]
+    assert trained == [("one", 7, True), *expected]
 
 
 def test_flags_of_fields():
