@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import Int32
 
 from lsjax.checkpoints.exit_blocks import BASE, check_base
@@ -146,11 +147,13 @@ def hooks_due(hooks: Sequence[Hook], step: int, num_steps: int) -> list[Hook]:
 
 def unfinished(run: TrainingRun, hooks: Sequence[Hook], step: int) -> list[Hook]:
     """Hooks of a saved step that are not done: the program may have ended before they were."""
-    if step == 0:
+    due = hooks_due(hooks, step, run.config.num_steps)
+    if step == 0 or not due:
         return []
     done = {row["kind"] for row in read_metrics(run.workdir) if row["step"] == step}
-    due = hooks_due(hooks, step, run.config.num_steps)
-    return [hook for hook in due if hook.kind not in done]
+    # A disk may show an older file to some hosts. All must run the same hooks, or they would hang.
+    is_left = broadcast_one_to_all(np.array([hook.kind not in done for hook in due]))
+    return [hook for hook, left in zip(due, is_left, strict=True) if left]
 
 
 def draft_ids(run: TrainingRun) -> Int32[np.ndarray, " W"] | None:

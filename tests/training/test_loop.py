@@ -186,6 +186,19 @@ def test_hooks_that_are_left_come_first(tmp_path, first, later):
     assert saved == later
 
 
+def test_the_first_host_says_which_hooks_are_left(tmp_path, monkeypatch):
+    """The disk of another host may show an older file."""
+    hooks = [Hook(kind, 2, lambda *_: {}) for kind in ("evaluation", "sample")]
+    (tmp_path / METRICS).write_text('{"kind": "evaluation", "step": 4}\n')
+    known = SimpleNamespace(workdir=tmp_path, config=SimpleNamespace(num_steps=7))
+    assert loop.unfinished(known, hooks, 4) == hooks[1:]
+    assert loop.unfinished(known, hooks, 7) == hooks
+    assert loop.unfinished(known, hooks, 5) == loop.unfinished(known, hooks, 0) == []
+    first_host = np.array([True, False])
+    monkeypatch.setattr(loop, "broadcast_one_to_all", lambda own: first_host)
+    assert loop.unfinished(known, hooks, 4) == hooks[:1]
+
+
 def test_a_hook_that_fails_loses_no_step(tmp_path):
     saved = []
     with pytest.raises(ZeroDivisionError):
