@@ -44,8 +44,9 @@ from lsjax.reporting.record import Report, write_report
 from lsjax.terminal import SafeConsole
 
 TRIAL_STEPS, TRIAL_TOKENS = 5, 32  # that are timed in the first minutes
-# Five short steps are too few to time: they are as noisy as the machine. So more are trained.
-LONGER_TRIAL, MOST_TRIAL_STEPS = 5.0, 50  # seconds, and steps
+# Five short steps are too noisy to plan with. A second trial lasts about so many seconds.
+LONGER_TRIAL = 5.0
+MOST_TRIAL_STEPS = 50
 NEW_TOKENS = 64  # of texts that are no answers to a task
 
 
@@ -152,7 +153,8 @@ def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
     """Times a few steps of each training, scoring, and tokens of autoregressive decoding."""
     found = {}
     for name in ("step", "plain_step") if asked.training else ():
-        with_layerskip, model = name == "step", trial / name
+        with_layerskip = name == "step"
+        model = trial / name
         found[name], start = timed_steps(asked, with_layerskip, TRIAL_STEPS, model)
         found["start"] = max(found.get("start", 0.0), start)
         more = min(int(LONGER_TRIAL / found[name]), MOST_TRIAL_STEPS)
@@ -177,7 +179,7 @@ def timed(asked: Asked, trial: AnyPath, console: Console) -> Speeds:
 def timed_steps(
     asked: Asked, with_layerskip: bool, number: int, workdir: AnyPath
 ) -> tuple[float, float]:
-    """Trains so many steps; returns seconds of a step, and those of the start and the end."""
+    """Trains `number` steps. Returns the mean seconds of a step, and the seconds of all else."""
     config = with_steps(asked.config, asked.base, number)
     if not with_layerskip:
         config = without_layerskip(config)

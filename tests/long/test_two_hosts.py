@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_both_hosts_end_and_the_first_one_speaks(tmp_path):
-    """Then both make the last sample again, whose row is taken away."""
+    """Then the row of the last sample is deleted, and both hosts make the sample again."""
     config, run = write_config(tmp_path), tmp_path / "run"
     said = on_two_hosts(config, run, tmp_path / "cache")
     assert "step 6/6" in said[0] and "drafts of exit 2 were accepted" in said[0]
