@@ -24,8 +24,7 @@ config = TrainConfig(
     data=DataConfig(
         source="jsonl",
         paths=("answers/answers.jsonl",),
-        prompt_template="{prompt}",
-        response_template="{text}",
+        text_template="{prompt}{text}",  # blocks learn from the prompts, too
         allow_special=True,  # the prompts have the tokens of the chat template
         tokenizer="models/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),

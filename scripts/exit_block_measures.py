@@ -15,7 +15,7 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.evaluation.exits import score_batches, score_texts
 
 DRAFTS = 4  # of a round, when acceptance is counted
-PIECE, START = 1_600, 60  # characters of a piece of other texts, and of its prompt
+PIECE = 1_600  # characters of a piece of other texts
 HELD_OUT = 96  # one of so many pieces is not trained on
 
 Texts = Sequence[Sequence[int]]
@@ -125,6 +125,6 @@ def pieces_of(files: Sequence[Path]) -> tuple[list[str], list[str]]:
             rows = map(json.loads, text.splitlines())
             text = "\n\n".join(max(map(str, row.values()), key=len) for row in rows)
         pieces += [text[begin:][:PIECE] for begin in range(0, len(text), PIECE)]
-    pieces = [one for one in pieces if one[:START].strip() and one[START:].strip()]
+    pieces = [one for one in pieces if one.strip()]
     held_out = pieces[::HELD_OUT]
     return [one for at, one in enumerate(pieces) if at % HELD_OUT], held_out

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from evidence_list import TABLE
-from exit_block_measures import START, Measured, pieces_of
+from exit_block_measures import Measured, pieces_of
 from proofs.mixed_prompts import Arguments as Prompts, kinds_of_prompts
 
 import lsjax
@@ -39,7 +39,7 @@ from lsjax.reporting.markdown import table
 KINDS = ("questions", "requests", "code")
 MOST_STEPS = 3_000  # of blocks
 ROWS, TOKENS = 4, 192  # of a step with LayerSkip
-DATA = "--data.source jsonl --data.prompt-template {prompt} --data.response-template {text} "
+DATA = "--data.source jsonl --data.text-template {prompt}{text} --data.allow-special "
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def make(arguments: Arguments, variant: Variant) -> int:
     train = f"train --workdir {run} --init-from {model} --data.tokenizer {model} "
     train += f"--data.paths {paths} --data.max-documents {documents} --dtype {arguments.dtype} "
     if steps := variant.layerskip_steps:
-        train += f"--config continual_smollm2_135m {DATA} --data.allow-special "
+        train += f"--config continual_smollm2_135m {DATA}"
         train += f"--batch-size {ROWS} --seq-len {TOKENS} --optimizer.warmup-steps {steps // 20} "
     else:
         steps = min(300 + documents, MOST_STEPS)
@@ -152,10 +152,9 @@ def make(arguments: Arguments, variant: Variant) -> int:
 
 
 def write_texts(files: Sequence[Path], output: Path) -> int:
-    """Writes rows with pieces of the files, and returns their number. A piece begins with its
-    prompt, which training does not count."""
+    """Writes rows with pieces of the files, and returns their number."""
     pieces, _ = pieces_of(files)
-    rows = [{"prompt": one[:START], "text": one[START:]} for one in pieces]
+    rows = [{"prompt": "", "text": one} for one in pieces]
     output.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return len(rows)
 

@@ -49,7 +49,7 @@ def train(root, workdir, *flags, base="base"):
     given += ["--init-from", str(base), "--data.tokenizer", str(base)]
     given += ["--data.source", "text", "--data.paths", str(root / "text.txt")]
     given += ["--data.separator", "blank_line"]
-    given += ["--data.prompt-template", "", "--data.response-template", ""]
+    given += ["--data.text-template", "{text}"]
     given += ["--data.validation-fraction", "0.3", "--exit-blocks.exits", "1", "2"]
     given += [
         "--num-steps",
