@@ -1,10 +1,8 @@
 """What is measured of a model with exit blocks, or of one that LayerSkip finetuned: the share of
 its own tokens that it proposes, its speed, and the loss of its last exit."""
 
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +13,8 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.evaluation.exits import score_batches, score_texts
 
 DRAFTS = 4  # of a round, when acceptance is counted
-PIECE = 1_600  # characters of a piece of other texts
-HELD_OUT = 96  # one of so many pieces is not trained on
+PIECE = 1_600  # characters of a piece of a text
+EACH = 16  # one of so many pieces is scored
 
 Texts = Sequence[Sequence[int]]
 
@@ -91,8 +89,9 @@ class Measured(NamedTuple):
         medians = {name: [statistics.median(each) for each in own] for name, own in taken.items()}
         return answers, medians
 
-    def last_loss(self, pieces: Sequence[str]) -> float:
-        """Loss of the last exit on texts that others wrote, in nats a token."""
+    def last_loss(self, text: str) -> float:
+        """Loss of the last exit on pieces of a text, in nats a token."""
+        pieces = [text[begin:][:PIECE] for begin in range(0, len(text), PIECE * EACH)]
         ids = [self.tokenizer.encode(piece) for piece in pieces]
         counts = [len(one) - 1 for one in ids]
         layers = self.model.num_layers
@@ -113,18 +112,3 @@ def labelled(texts: Texts, answers: Texts) -> list[dict[str, np.ndarray]]:
         batch["segments_BT"] = (np.arange(length) < len(row)).astype(np.int32)
         batches.append({name: array[None] for name, array in batch.items()})
     return batches
-
-
-def pieces_of(files: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Pieces of the files to train on, and those held out. Rows of a .jsonl file give their longest
-    field."""
-    pieces = []
-    for file in files:
-        text = file.read_text("utf-8")
-        if file.suffix == ".jsonl":
-            rows = map(json.loads, text.splitlines())
-            text = "\n\n".join(max(map(str, row.values()), key=len) for row in rows)
-        pieces += [text[begin:][:PIECE] for begin in range(0, len(text), PIECE)]
-    pieces = [one for one in pieces if one.strip()]
-    held_out = pieces[::HELD_OUT]
-    return [one for at, one in enumerate(pieces) if at % HELD_OUT], held_out

@@ -1,15 +1,14 @@
 """What exit blocks give a model that may not change, by the tokens that they are trained on.
 
-    python scripts/exit_block_study.py --model smollm2 --texts wikitext2.txt tinystories.txt \\
+    python scripts/exit_block_study.py --model smollm2 --loss-text wikitext2.txt \\
         --spec-bench question.jsonl --topv2 topv2/test.tsv --output build/evidence/exit_blocks \\
         --code build/evidence/quickstart/runs/layerskip-0/prompts.jsonl
 
-A chat model writes prompts and answers. Blocks are trained on some of the answers, on all, and on
-all with other texts (--texts). Each is then measured on other kinds of prompts, in the model's chat
-template. How many tokens of the model's own answers does it propose? How many first drafts of
-rounds are right? How fast is `auto` with the blocks of the most data, and without? Then the same
-model is finetuned with LayerSkip on the same data. The same command resumes. Prints tables, and
-writes them for scripts/results.py.
+A chat model writes prompts and answers. Blocks are trained on some of them, and on all. Each is
+then measured on other kinds of prompts, in the model's chat template. How many tokens of the
+model's own answers does it propose? How many first drafts of rounds are right? How fast is `auto`
+with the blocks of the most data, and without? Then the same model is finetuned with LayerSkip on
+the same data. The same command resumes. Prints tables, and writes them for scripts/results.py.
 """
 
 import json
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from evidence_list import TABLE
-from exit_block_measures import Measured, pieces_of
+from exit_block_measures import Measured
 from proofs.mixed_prompts import Arguments as Prompts, kinds_of_prompts
 
 import lsjax
@@ -49,10 +48,9 @@ class Arguments(Prompts):
     model: str = "smollm2"
     """The model, as it was released."""
     answers: tuple[int, ...] = (300, 1_000)
-    """Answers to train on, about 110 tokens each."""
-    texts: tuple[Path, ...] = ()
-    """Other texts for one more training, beside the most answers: .txt files, and .jsonl files
-    whose rows have the text as their longest field. They cost no decoding."""
+    """Answers to train on. With its prompt, one has about 170 tokens."""
+    loss_text: Path = Path("wikitext2.txt")
+    """A text of others. The loss of the last exit on it shows what a training changed."""
     exits: tuple[int, ...] = (2,)
     """Exits that get a block."""
     layerskip_steps: int = 0
@@ -88,25 +86,23 @@ class Variant(NamedTuple):
     """What a training reads, and what it trains."""
 
     answers: int
-    texts: bool = False  # also the other texts
     layerskip_steps: int = 0  # of LayerSkip; 0 trains blocks
 
     @property
     def title(self) -> str:
         """In tables."""
-        data = f"{self.answers:,} answers" + " and texts" * self.texts
+        data = f"{self.answers:,} answers"
         return f"LayerSkip, {data}" if self.layerskip_steps else f"blocks, {data}"
 
     @property
     def name(self) -> str:
         """Part of the names of its files."""
-        return f"{self.answers}" + "-texts" * self.texts + "-layerskip" * bool(self.layerskip_steps)
+        return f"{self.answers}" + "-layerskip" * bool(self.layerskip_steps)
 
 
 def variants(arguments: Arguments) -> list[Variant]:
     """All trainings, those with fewer answers first."""
-    numbers = sorted(arguments.answers)
-    found = [*map(Variant, numbers), *([Variant(numbers[-1], True)] if arguments.texts else [])]
+    found = [*map(Variant, sorted(arguments.answers))]
     steps = arguments.layerskip_steps
     return [*found, found[-1]._replace(layerskip_steps=steps)] if steps else found
 
@@ -125,18 +121,14 @@ def make(arguments: Arguments, variant: Variant) -> int:
     model, number = arguments.model, variant.answers
     write = f"answers --model {model} --chat --num-prompts {number} --output {folder} "
     write += f"--batch-size 96 --dtype {arguments.dtype}"
-    paths, documents = f"{folder / ANSWERS}", number
-    if variant.texts:
-        others = arguments.output / "texts.jsonl"
-        documents += write_texts(arguments.texts, others)
-        paths += f" {others}"
     train = f"train --workdir {run} --init-from {model} --data.tokenizer {model} "
-    train += f"--data.paths {paths} --data.max-documents {documents} --dtype {arguments.dtype} "
+    train += f"--data.paths {folder / ANSWERS} --data.max-documents {number} "
+    train += f"--dtype {arguments.dtype} "
     if steps := variant.layerskip_steps:
         train += f"--config continual_smollm2_135m {DATA}"
         train += f"--batch-size {ROWS} --seq-len {TOKENS} --optimizer.warmup-steps {steps // 20} "
     else:
-        steps = min(300 + documents, MOST_STEPS)
+        steps = min(300 + number, MOST_STEPS)
         exits = " ".join(map(str, arguments.exits))
         train += f"--config exit_blocks --exit-blocks.keep-states --exit-blocks.exits {exits} "
         train += f"--exit-blocks.draft-vocab {arguments.draft_vocab} "
@@ -149,14 +141,6 @@ def make(arguments: Arguments, variant: Variant) -> int:
             return found.returncode
     write_json(figures, measured(arguments, variant, run))
     return 0
-
-
-def write_texts(files: Sequence[Path], output: Path) -> int:
-    """Writes rows with pieces of the files, and returns their number."""
-    pieces, _ = pieces_of(files)
-    rows = [{"prompt": "", "text": one} for one in pieces]
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return len(rows)
 
 
 def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any]:
@@ -172,8 +156,7 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     vocabulary = lsjax.DraftVocabulary.most_frequent(counts, size, model.vocab_size)
     own = Measured(model, tokenizer, exits, vocabulary, arguments.new_tokens, arguments.repeats)
     found: dict[str, Any] = {"tokens": counts.total()}
-    if arguments.texts:
-        found["last loss"] = own.last_loss(pieces_of(arguments.texts)[1])
+    found["last loss"] = own.last_loss(arguments.loss_text.read_text("utf-8"))
     asked = kinds_of_prompts(arguments)
     timed = variant in timed_variants(arguments)
     return found | {kind: own.kind(asked[kind], timed) for kind in KINDS}
@@ -192,14 +175,12 @@ def figures_of(arguments: Arguments, variant: Variant) -> dict[str, Any]:
 def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     """By training, exit and kind: the share of the answers that the exit proposes. Then the share
     of right first drafts, over all kinds: rounds often begin where drafts are hard."""
-    loss = ("loss of the last exit",) if arguments.texts else ()
-    names = "trained", "their tokens", "minutes", *loss, "exit"
+    names = "trained", "their tokens", "minutes", "loss of the last exit", "exit"
     rows = [(*names, *KINDS, "all", "first drafts of rounds")]
     for variant in variants(arguments):
         found = figures_of(arguments, variant)
         about = f"{found['tokens']:,}", f"{minutes(arguments, variant):.0f}"
-        if arguments.texts:
-            about += (f"{found['last loss']:.3f}",)
+        about += (f"{found['last loss']:.3f}",)
         for exit_layer in found[KINDS[0]]["agreement"]:
             own, first = (
                 [found[kind][what][exit_layer] for kind in KINDS]

@@ -1,7 +1,7 @@
 """Would `auto` choose well? Its choices on texts that a model wrote, at given costs of rounds.
 
     python scripts/simulate_auto.py --model smollm2 --spec-bench question.jsonl \\
-        --blocks build/evidence/exit_blocks/run-1000-texts \\
+        --blocks build/evidence/exit_blocks/run-7000 \\
         --topv2 topv2/test.tsv --output build/simulated \\
         --code build/evidence/quickstart/runs/layerskip-0/prompts.jsonl
 
@@ -57,7 +57,7 @@ class Arguments(Prompts):
 
     model: str = "smollm2"
     """The model."""
-    blocks: Path = Path("build/evidence/exit_blocks/run-1000-texts")
+    blocks: Path = Path("build/evidence/exit_blocks/run-7000")
     """Run of its exit blocks."""
     exit_layer: int = 2
     """Exit that drafts."""
