@@ -36,7 +36,7 @@ from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 
 KINDS = ("questions", "requests", "code")
-MOST_STEPS = 3_000  # of blocks
+MOST_STEPS = 6_000  # of blocks
 ROWS, TOKENS = 4, 192  # of a step with LayerSkip
 DATA = "--data.source jsonl --data.text-template {prompt}{text} --data.allow-special "
 
