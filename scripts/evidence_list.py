@@ -180,7 +180,8 @@ EXPERIMENTS = (
         "training of 3,000 steps, and took 12 minutes more. The first table has the share "
         "of the model's answers that the exit proposes, and the share of first drafts of rounds "
         "that are right. The loss of the last exit is that of WikiText-2, in nats a token: blocks "
-        "leave it alone. The second table has the speed of `auto`. All texts equal those of the model without drafts.",
+        "leave it alone. The second table has the speed of `auto`. All texts equal those of the "
+        "model without drafts.",
         "--answers 700 2100 7000 --exits 2 8 --prompts 16 --repeats 2 --layerskip-steps 500 "
         "--model smollm2 --loss-text wikitext2.txt --spec-bench question.jsonl "
         f"--topv2 topv2/test.tsv --code {CODE}",
