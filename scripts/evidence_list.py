@@ -175,13 +175,12 @@ EXPERIMENTS = (
         "A model that may not change: exit blocks",
         "Blocks behind exits 2 and 8 of SmolLM2-135M as released. It wrote all prompts and answers "
         "itself. LayerSkip then finetunes the same model on the same data, and drafts with exit "
-        "8. The measured prompts are of other kinds. Minutes are those of the training. They hold "
-        "the states that it computes once, except for 7,000 answers: these were kept from a "
-        "training of 3,000 steps, and took 12 minutes more. The first table has the share "
-        "of the model's answers that the exit proposes, and the share of first drafts of rounds "
-        "that are right. The loss of the last exit is that of WikiText-2, in nats a token: blocks "
-        "leave it alone. The second table has the speed of `auto`. All texts equal those of the "
-        "model without drafts.",
+        "8. The measured prompts are of other kinds. Minutes are those of the training. States are "
+        "computed once: where a training found them in the cache, they are not part of its "
+        "minutes. The first table has the share of the model's answers that the exit proposes, and "
+        "the share of first drafts of rounds that are right. The loss of the last exit is that of "
+        "WikiText-2, in nats a token: blocks leave it alone. The second table has the speed of "
+        "`auto`. All texts equal those of the model without drafts.",
         "--answers 700 2100 7000 --exits 2 8 --prompts 16 --repeats 2 --layerskip-steps 500 "
         "--model smollm2 --loss-text wikitext2.txt --spec-bench question.jsonl "
         f"--topv2 topv2/test.tsv --code {CODE}",

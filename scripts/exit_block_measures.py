@@ -14,7 +14,7 @@ from lsjax.evaluation.exits import score_batches, score_texts
 
 DRAFTS = 4  # of a round, when acceptance is counted
 PIECE = 1_600  # characters of a piece of a text
-EACH = 16  # one of so many pieces is scored
+STRIDE = 16  # only every 16th piece is scored
 
 Texts = Sequence[Sequence[int]]
 
@@ -91,7 +91,7 @@ class Measured(NamedTuple):
 
     def last_loss(self, text: str) -> float:
         """Loss of the last exit on pieces of a text, in nats a token."""
-        pieces = [text[begin:][:PIECE] for begin in range(0, len(text), PIECE * EACH)]
+        pieces = [text[begin:][:PIECE] for begin in range(0, len(text), PIECE * STRIDE)]
         ids = [self.tokenizer.encode(piece) for piece in pieces]
         counts = [len(one) - 1 for one in ids]
         layers = self.model.num_layers

@@ -91,8 +91,8 @@ class Variant(NamedTuple):
     @property
     def title(self) -> str:
         """In tables."""
-        data = f"{self.answers:,} answers"
-        return f"LayerSkip, {data}" if self.layerskip_steps else f"blocks, {data}"
+        trained = "LayerSkip" if self.layerskip_steps else "blocks"
+        return f"{trained}, {self.answers:,} answers"
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class Variant(NamedTuple):
 
 def variants(arguments: Arguments) -> list[Variant]:
     """All trainings, those with fewer answers first."""
-    found = [*map(Variant, sorted(arguments.answers))]
+    found = [Variant(number) for number in sorted(arguments.answers)]
     steps = arguments.layerskip_steps
     return [*found, found[-1]._replace(layerskip_steps=steps)] if steps else found
 
@@ -155,8 +155,8 @@ def measured(arguments: Arguments, variant: Variant, run: Path) -> dict[str, Any
     size = arguments.draft_vocab
     vocabulary = lsjax.DraftVocabulary.most_frequent(counts, size, model.vocab_size)
     own = Measured(model, tokenizer, exits, vocabulary, arguments.new_tokens, arguments.repeats)
-    found: dict[str, Any] = {"tokens": counts.total()}
-    found["last loss"] = own.last_loss(arguments.loss_text.read_text("utf-8"))
+    last_loss = own.last_loss(arguments.loss_text.read_text("utf-8"))
+    found = {"tokens": counts.total(), "last loss": last_loss}
     asked = kinds_of_prompts(arguments)
     timed = variant in timed_variants(arguments)
     return found | {kind: own.kind(asked[kind], timed) for kind in KINDS}
@@ -179,8 +179,8 @@ def acceptance_rows(arguments: Arguments) -> list[tuple[str, ...]]:
     rows = [(*names, *KINDS, "all", "first drafts of rounds")]
     for variant in variants(arguments):
         found = figures_of(arguments, variant)
-        about = f"{found['tokens']:,}", f"{minutes(arguments, variant):.0f}"
-        about += (f"{found['last loss']:.3f}",)
+        tokens, last_loss = f"{found['tokens']:,}", f"{found['last loss']:.3f}"
+        about = tokens, f"{minutes(arguments, variant):.0f}", last_loss
         for exit_layer in found[KINDS[0]]["agreement"]:
             own, first = (
                 [found[kind][what][exit_layer] for kind in KINDS]
