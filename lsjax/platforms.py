@@ -37,6 +37,8 @@ class Tuning:
     layer_rows: int = 0
     # Fewest rows at the left of the head's matmul and of attention's, for the same reason.
     left_rows: int = 0
+    # Most rows whose logits are sums instead of a matmul, which reads the table more slowly.
+    summed_rows: int = 0
     # Most rows of a batch that are written to the cache one by one. A scatter writes the others.
     unrolled_writes: int = 8
     # Attention reads a cache in blocks up to the longest row, instead of at once. A loop or branch
@@ -82,7 +84,7 @@ class Tuning:
 
 TUNINGS = {
     REFERENCE: Tuning(),
-    "cpu": Tuning(reads_used_blocks=True, keeps_logit_gradients=True),
+    "cpu": Tuning(summed_rows=4, reads_used_blocks=True, keeps_logit_gradients=True),
     "tpu": Tuning(
         layer_rows=8,
         left_rows=8,

@@ -36,6 +36,18 @@ def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch n I"]:
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
 
+def with_table(x_RD: Float[Array, "R D"], table_VD: Float[Array, "V D"]) -> Float[Array, "R V"]:
+    """x @ table.T in float32 or wider: a head's logits of R rows.
+
+    With the table as left operand, XLA:CPU reads it near memory bandwidth for one row, but not for
+    a few. The sums of products are one loop that does (docs/performance.md).
+    """
+    wide = jnp.promote_types(x_RD.dtype, jnp.float32)
+    if 1 < len(x_RD) <= tuning().summed_rows:
+        return (table_VD.astype(wide) * x_RD[:, None].astype(wide)).sum(-1)
+    return jnp.matmul(table_VD, enough_rows(x_RD).T, preferred_element_type=wide).T[: len(x_RD)]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(
     x: Float[Array, "*batch I"], w: Float[Array, "I *O"], may_recompute: bool = False

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
-from lsjax.kernels.matmuls import enough_rows, enough_steps
+from lsjax.kernels.matmuls import enough_steps, with_table
 from lsjax.kernels.rope import Rope
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
@@ -250,16 +250,11 @@ class Llama(nnx.Module):
         if rows is None:
             rows = self.head if isinstance(self.head, Int8Rows) else self.head_table
         is_rounded = isinstance(rows, Int8Rows)
-        table_VD = (rows.rows[...] if is_rounded else rows).astype(x.dtype)
-        x = self.norm(x)
-        rows_RD = x.reshape(-1, x.shape[-1])
-        # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of
-        # rows (docs/performance.md).
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits_VR = jnp.matmul(table_VD, enough_rows(rows_RD).T, preferred_element_type=wide)
+        table_WD = (rows.rows[...] if is_rounded else rows).astype(x.dtype)
+        logits_RW = with_table(self.norm(x).reshape(-1, x.shape[-1]), table_WD)
         if is_rounded:
-            logits_VR = logits_VR * rows.scale[...][:, None]
-        return logits_VR.T[: len(rows_RD)].reshape(*x.shape[:-1], -1)
+            logits_RW = logits_RW * rows.scale[...]
+        return logits_RW.reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the full model."""
