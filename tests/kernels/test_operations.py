@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax import platforms
-from lsjax.kernels.matmuls import enough_rows, enough_steps, linear
+from lsjax.kernels.matmuls import enough_rows, enough_steps, linear, with_table
 from lsjax.kernels.swiglu import swiglu
 from tests.tunings import tune
 
@@ -59,6 +59,22 @@ def test_rows_of_a_product(monkeypatch, platform, rows):
     assert enough_steps(jnp.ones((2, 20, 6))).shape == (2, 20, 6)
     lowered = jax.jit(lambda x: enough_rows(x)).lower(x_BTD)
     assert ("optimization_barrier" in lowered.as_text()) == (platform == "tpu")
+
+
+@pytest.mark.parametrize("platform, summed", [("cpu", {2, 3, 4}), ("tpu", set())])
+def test_logits_of_a_few_rows(monkeypatch, platform, summed):
+    """Those of the plain product, for any number of rows. Only CPUs sum them, up to four rows."""
+    monkeypatch.setattr(platforms, "platform", lambda: platform)
+    keys = jax.random.split(jax.random.key(0))
+    table_VD = jax.random.normal(keys[0], (50, 64), jnp.bfloat16)
+    for rows in (1, 2, 3, 4, 5):
+        x_RD = jax.random.normal(keys[1], (rows, 64), jnp.bfloat16)
+        found = with_table(x_RD, table_VD)
+        assert found.dtype == jnp.float32
+        expected = np.asarray(x_RD, np.float64) @ np.asarray(table_VD, np.float64).T
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        lowered = jax.jit(lambda x: with_table(x, table_VD)).lower(x_RD)
+        assert ("dot_general" not in lowered.as_text()) == (rows in summed)
 
 
 @pytest.mark.parametrize("name", ["linear", "swiglu"])
