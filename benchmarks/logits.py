@@ -1,9 +1,9 @@
-"""Time of the head's logits, by rows: as they are tuned, and as one matmul.
+"""Milliseconds of the head's logits, by the number of rows: as tuned, and as one matmul.
 
-    python benchmarks/logits.py --rows 1 2 3 4 5 8
+    python benchmarks/logits.py
 
-The table is random, and of SmolLM2's shape by default. Loops on the device take turns. The table
-has medians in milliseconds, with the likeliest token.
+The head is random, and has SmolLM2's shape by default. The time includes the search for the
+largest logit. Both kinds take turns, and the medians are printed.
 """
 
 import statistics
@@ -28,7 +28,7 @@ TIMES = 10  # products of a call
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time of the head's logits, by rows."""
+    """The shape of the head, and the numbers of rows."""
 
     rows: tuple[int, ...] = (1, 2, 3, 4, 5, 8)
     """Rows that pass at once."""
@@ -36,20 +36,18 @@ class Arguments:
     """D of the model."""
     vocab_size: int = 49_152
     """V of the model."""
-    dtype: str = "float32"
-    """Dtype of states and table."""
     repeats: int = 11
-    """Calls of each loop."""
+    """Timed calls of each kind and number of rows."""
 
 
 def main(arguments: Arguments) -> None:
     """Measures and prints the table."""
     exact_products()
     shape = arguments.vocab_size, arguments.width
-    table_VD = jax.random.normal(jax.random.key(0), shape, arguments.dtype)
+    table_VD = jax.random.normal(jax.random.key(0), shape)
     kinds: tuple[Kernels, ...] = ("auto", "reference")
     loops = {
-        (rows, kernels): loop(jnp.ones((rows, arguments.width), arguments.dtype), table_VD, kernels)
+        (rows, kernels): loop(jnp.ones((rows, arguments.width)), table_VD, kernels)
         for rows in arguments.rows
         for kernels in kinds
     }
@@ -68,12 +66,12 @@ def main(arguments: Arguments) -> None:
 
 
 def loop(x_RD: jax.Array, table_VD: jax.Array, kernels: Kernels) -> Callable[[], None]:
-    """Logits and their likeliest tokens, TIMES in a row, each after the last."""
+    """Computes logits TIMES in a row. Each product needs the largest logits of the one before."""
 
     def run(x_RD, table_VD):
         def once(_, x_RD):
             token_R = argmax(with_table(x_RD, table_VD))
-            return x_RD + (1e-9 * token_R[:, None]).astype(x_RD.dtype)
+            return x_RD + 1e-9 * token_R[:, None]
 
         return lax.fori_loop(0, TIMES, once, x_RD)
 
