@@ -40,10 +40,12 @@ def with_table(x_RD: Float[Array, "R D"], table_VD: Float[Array, "V D"]) -> Floa
     """x @ table.T in float32 or wider: a head's logits of R rows.
 
     With the table as left operand, XLA:CPU reads it near memory bandwidth for one row, but not for
-    a few. The sums of products are one loop that does (docs/performance.md).
+    a few. The sums of products are one loop that does (docs/performance.md). On a mesh, XLA would
+    gather a sharded table for them.
     """
     wide = jnp.promote_types(x_RD.dtype, jnp.float32)
-    if 1 < len(x_RD) <= tuning().summed_rows:
+    is_sharded = jax.sharding.get_abstract_mesh().size > 1
+    if 1 < len(x_RD) <= tuning().summed_rows and not is_sharded:
         return (table_VD.astype(wide) * x_RD[:, None].astype(wide)).sum(-1)
     return jnp.matmul(table_VD, enough_rows(x_RD).T, preferred_element_type=wide).T[: len(x_RD)]
 
