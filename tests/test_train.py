@@ -196,7 +196,6 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py
 @pytest.mark.parametrize("step, number", [(6, None), *long((4, signal.SIGTERM))])
 def test_a_last_step_that_can_not_be_saved_is_one_line(
     config, finished, tmp_path, capsys, monkeypatch, full_disk, step, number

@@ -10,19 +10,16 @@ rename, so there it writes a MARKER last. Storage has no checksum for array valu
 saved with a `fingerprint`.
 """
 
-import gc
 import hashlib
 import json
 import logging
 import math
 import re
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
 import jax
@@ -211,41 +208,19 @@ def orbax() -> Any:
         said = f"{record.pathname} {record.getMessage()}"
         return not re.search("orbax|ocdbt|tensorstore", said, re.IGNORECASE)
 
-    # Of writers that orbax drops when another one fails.
+    # Of readers and writers that orbax drops when another one fails.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = partial(_show_others, sys.unraisablehook)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_from_elsewhere)
     return ocp
 
 
-@contextmanager
-def without_dropped_readers() -> Iterator[None]:
-    """Hides errors of readers that orbax drops after another one failed."""
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        said = str(unraisable.exc_value)
-        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    except Exception as error:
-        # Drops them now. The frames of the error's traceback still hold them.
-        for one in _chain(error):
-            traceback.clear_frames(one.__traceback__)
-        gc.collect()
-        raise
-    finally:
-        sys.unraisablehook = before
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _show_others(show: Callable[[Any], None], unraisable: Any) -> None:
+    """Shows an error that nothing can catch, unless a dropped reader or writer raised it."""
+    said = str(unraisable.exc_value)
+    if not said.startswith(("Encountered error while", "Event loop is closed")):
+        show(unraisable)
 
 
 def _read_meta(path: AnyPath) -> dict[str, Any]:
@@ -262,7 +237,7 @@ def _read_arrays(path: AnyPath, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> d
         for name, want in wanted.items()
     }
     placed = orbax().checkpoint_utils.construct_restore_args(targets)
-    with orbax().PyTreeCheckpointer() as reader, without_dropped_readers():
+    with orbax().PyTreeCheckpointer() as reader:
         arrays = reader.restore(path, item=targets, restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
         if isinstance(array, jax.ShapeDtypeStruct):  # orbax returns the target of a missing array

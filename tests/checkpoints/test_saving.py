@@ -27,8 +27,6 @@ from lsjax.config import CheckpointConfig, ConfigError, LlamaConfig, TrainConfig
 from lsjax.model.llama import Llama
 from lsjax.training.step import TrainState, init_state
 
-# Of readers that orbax drops when another one fails; see steps.py.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = TrainConfig(
     num_steps=100,
