@@ -93,7 +93,7 @@ def open_blocks(path: str | AnyPath, base: TensorSource | RunSource) -> BlocksSo
 
 def open_base(run: AnyPath) -> TensorSource | RunSource:
     """The model that a run's exit blocks hang off. Raises CheckpointError."""
-    base = read_json(run / CONFIG, CheckpointError).get("init_from", "")
+    base = read_json(run / CONFIG, CheckpointError, ("init_from",))["init_from"]
     try:
         check(as_path(base).resolve() != run.resolve(), f"{base} is the run itself")
         return open_checkpoint(base)

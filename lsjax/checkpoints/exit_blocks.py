@@ -19,7 +19,7 @@ from lsjax.checkpoints.narrowing import Change, to_float
 from lsjax.checkpoints.run import RunSource, is_finite
 from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
-from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, LlamaConfig, as_path, check
+from lsjax.config import AnyPath, ExitBlocksConfig, LlamaConfig, as_path, check
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_json
 from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
@@ -70,11 +70,11 @@ class BlocksSource:
             return change(path, array)
 
         found = self.base.leaves(dtype=dtype, track=track, mesh=mesh, change=noted)
-        known = read_json(self.path / BASE, CheckpointError)
-        if known.get(dtype.name, "") not in ("", joined_fingerprint(seen)):
+        known = read_base(self.path, dtype.name)
+        if known[dtype.name] != joined_fingerprint(seen):
             raise CheckpointError(
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
-                f"trained for ({known.get('path')}): name that one, and --exit-blocks {self.path}"
+                f"trained for ({known['path']}): name that one, and --exit-blocks {self.path}"
             )
         shapes = {
             name: leaf.shape
@@ -147,15 +147,21 @@ def joined_fingerprint(found: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def read_base(directory: AnyPath, dtype: str) -> dict[str, str]:
+    """The path of the base, and its fingerprint in a dtype. Raises CheckpointError if one is
+    missing."""
+    return read_json(directory / BASE, CheckpointError, needs=("path", dtype))
+
+
 def check_base(directory: AnyPath, path: str, model: Llama, may_write: bool) -> None:
     """Notes the base of a new run. may_write: on one host. Raises ConfigError if the run began with
-    another base."""
+    another base, and CheckpointError if base.json is damaged."""
     check(
         as_path(path).resolve() != directory.resolve(),
         f"init_from {path} is the run itself: name the model that its blocks hang off",
     )
     file = directory / BASE
-    before = read_json(file, ConfigError) if file.exists() else {}
+    before = read_base(directory, "float32") if file.exists() else {}
     now = {name: base_fingerprint(model, jnp.dtype(name)) for name in DTYPES}
     check(
         before.get("float32", now["float32"]) == now["float32"],

@@ -1,7 +1,8 @@
-"""Exit blocks as a directory to share: safetensors, settings, a model card, and who their base is.
+"""Exit blocks in a directory that can be published: safetensors, settings, a model card, base.json.
 
-A block has the names of the layer whose place it takes: block 4 those of layer 4. So engines that
-read Hugging Face's names can read it. The base is named and fingerprinted in base.json.
+In the file, the block of exit 4 has Hugging Face's names of layer 4, the layer that it replaces in
+drafts. So other engines can read it. base.json has the path of the base model, and a fingerprint of
+it in each dtype.
 """
 
 import shutil
@@ -15,7 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
-from lsjax.checkpoints.huggingface import SINGLE, check_destination, read_safetensors
+from lsjax.checkpoints.huggingface import (
+    SINGLE,
+    check_destination,
+    read_safetensors,
+    typed_tensor,
+)
 from lsjax.checkpoints.run import CONFIG
 from lsjax.checkpoints.steps import EXIT_BLOCKS
 from lsjax.checkpoints.tensors import (
@@ -61,7 +67,7 @@ class ExportedBlocks(BlocksSource, TensorSource):
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype."""
-        return self.tensors[name][1]
+        return typed_tensor(self, name)
 
     def read_blocks(
         self, shapes: Mapping[str, tuple[int, ...]], dtype: jnp.dtype, mesh: Mesh | None

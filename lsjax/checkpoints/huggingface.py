@@ -89,14 +89,7 @@ class HuggingFaceSource(TensorSource):
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
-        file, tensor = self.tensors[name]
-        is_int8 = tensor.get_dtype() == "I8" and f"{name}_scale" in self.tensors and self.is_int8
-        if tensor.get_dtype() not in _FLOATS and not is_int8:
-            raise CheckpointError(
-                f"{file}: dtype {tensor.get_dtype()} of a weight is not one of "
-                f"{', '.join(_FLOATS)}: convert the checkpoint to bfloat16 first"
-            )
-        return tensor
+        return typed_tensor(self, name)
 
 
 def read_safetensors(file: AnyPath) -> dict[str, tuple[AnyPath, Any]]:
@@ -107,6 +100,20 @@ def read_safetensors(file: AnyPath) -> dict[str, tuple[AnyPath, Any]]:
         fix = "damaged or cut off, download it again"
         raise CheckpointError(f"{file}: {one_line(error)}: {fix}") from error
     return {name: (file, opened.get_slice(name)) for name in [*opened.keys()]}
+
+
+def typed_tensor(source: TensorSource, name: str) -> Any:
+    """A tensor of a safetensors file. Raises CheckpointError unless it has a float dtype, or int8
+    if the checkpoint has a scale for it."""
+    _, tensor = source.tensors[name]
+    is_int8 = source.is_int8 and f"{name}_scale" in source.tensors
+    kinds, dtype = ("I8",) if is_int8 else _FLOATS, tensor.get_dtype()
+    if dtype not in kinds:
+        raise CheckpointError(
+            f"{source.where(name)} has the dtype {dtype}, not {' or '.join(kinds)}: convert the "
+            "checkpoint to bfloat16 first"
+        )
+    return tensor
 
 
 def _files(directory: AnyPath) -> list[AnyPath]:

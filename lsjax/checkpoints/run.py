@@ -122,7 +122,8 @@ def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
 
 
 class RunSource:
-    """A run opened as a model: its shape is known, no array has been read."""
+    """A run, opened to be read as a model. Its shape and its saved steps are known. Arrays are read
+    by `leaves`."""
 
     def __init__(self, directory: AnyPath, step: int | str | None = None):
         # Only the model's shape: another version may have written the rest of the config.

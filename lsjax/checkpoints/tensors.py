@@ -90,7 +90,8 @@ class TensorSource:
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
     def read(self, name: str) -> Any:
-        """One tensor, to be sliced: in its stored dtype, or in float32 from a GGUF file."""
+        """One tensor, to be sliced: in its stored dtype, or in float32 from a GGUF file. Raises
+        CheckpointError for a dtype that weights can't have."""
         raise NotImplementedError
 
     def where(self, name: str) -> str:

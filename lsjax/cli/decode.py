@@ -26,6 +26,7 @@ from lsjax.decoding.request import Request
 from lsjax.interrupts import keeps
 from lsjax.io.files import cache_directory
 from lsjax.io.lines import Lines
+from lsjax.model.exit_blocks import block_exits
 from lsjax.terminal import CONTROLS, SafeConsole, verbatim
 from lsjax.training.profiling import trace
 
@@ -146,9 +147,14 @@ def conclude(notes: Console, engine: Engine, completions: Sequence[Completion]) 
     drafted = sum(c.drafted for c in completions)
     accepted = sum(c.accepted for c in completions)
     if exit_layer and accepted < 0.3 * drafted:
+        has_block = exit_layer in block_exits(engine.model)
+        why = (
+            "Its block may need more training, or answers that are more like this text."
+            if has_block
+            else "Early-exit drafts slow down models that were not trained with LayerSkip."
+        )
         notes.print(
-            f"Few drafts of exit {exit_layer} were accepted. Early-exit drafts slow down "
-            "models that were not trained with LayerSkip, though the text stays the same."
+            f"Few drafts of exit {exit_layer} were accepted, though the text stays the same. {why}"
         )
 
 

@@ -37,7 +37,9 @@ from lsjax.reporting.plan import (
     Speeds,
     make_plan,
     read_plan,
+    read_speeds,
     write_plan,
+    write_speeds,
 )
 from lsjax.reporting.recipes import chosen, with_steps, without_layerskip
 from lsjax.reporting.record import Report, write_report
@@ -131,6 +133,11 @@ def fitted_plan(asked: Asked, directory: AnyPath, console: Console, num_batches:
     if plan is not None:
         return plan
     began, prompts = time.monotonic(), asked.prompts or 1
+    exits = len(asked.exit_layers or asked.config.early_exit.exits) or 3
+    strategies = 2 + exits * len(asked.num_draft_tokens)
+    measured = read_speeds(directory, asked)
+    if measured is not None:  # refuses a time that is still too short before it loads anything
+        make_plan(asked, measured, strategies, spent=0.0)
     settings = dict(num_prompts=prompts, num_batches=num_batches)
     plan = Plan(asked=asked, config=asked.config, **settings)
     with console.status("reading the data"):
@@ -138,10 +145,10 @@ def fitted_plan(asked: Asked, directory: AnyPath, console: Console, num_batches:
     if not asked.training and asked.prompts is not None:  # nothing has to fit
         write_plan(directory, plan)
         return plan
-    with console.status("timing the first steps and tokens"):
-        measured = timed(asked, trial, console)
-    exits = len(asked.exit_layers or asked.config.early_exit.exits) or 3
-    strategies = 2 + exits * len(asked.num_draft_tokens)
+    if measured is None:
+        with console.status("timing the first steps and tokens"):
+            measured = timed(asked, trial, console)
+        write_speeds(directory, asked, measured)
     plan = make_plan(asked, measured, strategies, time.monotonic() - began)
     write_plan(directory, plan)
     if trial.exists():

@@ -252,7 +252,7 @@ class Measures:
         autoregressive decoding, drafts are looked up."""
         file = self.directory / "texts.json"
         if file.exists():
-            return read_json(file, ConfigError)["texts"]
+            return read_json(file, ConfigError, ("texts",))["texts"]
         path = self.path(model.kind, model.seed)
         engine, strategies = self.engine(path), self.strategies(path)
         ideals = {Cell.of(row): row["ideal"] or 0 for row in rows_of(self.shape, model)}

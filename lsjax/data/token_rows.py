@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
 WORTH = 50_000_000  # bytes that another process begins for, which takes seconds
 INDEX, FILES = "index.json", "files.json"
+INDEX_NAMES = ("splits", "contents", "documents")  # that are read here
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def stored_rows(job: Job, split: str, share: Share, workers: int | None) -> Toke
     share.wait("old tokens are removed")
     if not (job.directory / INDEX).exists():
         make_missing(job, share, workers)
-    index = read_json(job.directory / INDEX, ConfigError)
+    index = read_json(job.directory / INDEX, ConfigError, INDEX_NAMES)
     own = index["splits"][split]
     return TokenRows(
         directory=job.directory,
@@ -156,15 +157,16 @@ def prepare_directory(job: Job) -> None:
         return
     if before is not None:
         contents = [source.content(piece) for piece in source.pieces()] if index.exists() else []
-        if not index.exists() or read_json(index, ConfigError)["contents"] != contents:
+        if not index.exists() or read_json(index, ConfigError, INDEX_NAMES)["contents"] != contents:
             remove_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(files, now)
 
 
 def make_missing(job: Job, share: Share, workers: int | None) -> None:
-    """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
-    joins them."""
+    """Makes this host's shards that are missing, and waits for the other hosts. On a disk that they
+    do not share, then makes theirs too. Joins all shards. Raises ShardsMissing if `share.alone`
+    leaves some to other hosts."""
     for warning in job.source.warnings if share.index == 0 else ():
         log.warning("%s", warning)
     pieces = job.source.pieces()
@@ -191,7 +193,7 @@ def make_missing(job: Job, share: Share, workers: int | None) -> None:
 
 def join(job: Job, shards: int) -> None:
     """Writes the index of shards that are all made. Raises ConfigError if there is no document."""
-    metas = [read_json(job.meta(number), ConfigError) for number in range(shards)]
+    metas = [read_json(job.meta(n), ConfigError, ("documents",)) for n in range(shards)]
     documents = sum(meta["documents"] for meta in metas)
     name = job.source.name
     check(documents > 0, f"{name} holds no text: every document is empty, check its files")

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,14 +47,20 @@ def cause(error: BaseException) -> str:
     return one_line(error)
 
 
-def read_json(file: AnyPath, error_type: type[ValueError]) -> dict[str, Any]:
-    """The object in a JSON file; raises `error_type` for anything else."""
+def read_json(
+    file: AnyPath, error_type: type[ValueError], needs: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error_type` for anything else, or if it lacks a name of
+    `needs`."""
     try:
         raw = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise error_type(f"{file}: is not JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise error_type(f"{file}: holds a {type(raw).__name__}, but must be a JSON object")
+    for name in needs:
+        if name not in raw:
+            raise error_type(f"{file}: has no {name!r}: restore the file, or make it again")
     return raw
 
 

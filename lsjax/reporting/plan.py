@@ -5,7 +5,7 @@ The plan is kept in the report's directory. A resumed report reads it, so it is 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lsjax.config import AnyPath, Checked, ConfigError, Sampling, TrainConfig, check
 from lsjax.config.checked import differences, from_json, shown
@@ -13,6 +13,7 @@ from lsjax.io.files import read_json, write_json
 from lsjax.reporting.recipes import with_steps
 
 PLAN = "plan.json"
+SPEEDS = "speeds.json"  # of a report whose time was too short
 DECODING, SCORING = 0.25, 0.05  # shares of the time, at most, but for the fewest
 # Few numbers of prompts, and of batches of held-out rows on which the exits are scored: so reports
 # of equal times can be compared.
@@ -158,6 +159,22 @@ def read_plan(directory: AnyPath, asked: Asked) -> Plan | None:
         "another --output",
     )
     return plan
+
+
+def read_speeds(directory: AnyPath, asked: Asked) -> Speeds | None:
+    """What an earlier start measured before its time turned out too short. None if there was none,
+    or if flags other than --minutes have changed since."""
+    file = directory / SPEEDS
+    if not file.exists():
+        return None
+    kept = from_json(Plan, read_json(file, ConfigError), str(file))
+    return kept.speeds if kept.asked == replace(asked, minutes=None) else None
+
+
+def write_speeds(directory: AnyPath, asked: Asked, speeds: Speeds) -> None:
+    """Keeps what was measured, so that another --minutes need not measure it again."""
+    kept = Plan(asked=replace(asked, minutes=None), config=asked.config, num_prompts=1)
+    write_json(directory / SPEEDS, asdict(replace(kept, speeds=speeds)))
 
 
 def write_plan(directory: AnyPath, plan: Plan) -> None:

@@ -16,13 +16,12 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import Int32
 
-from lsjax.checkpoints.exit_blocks import BASE, check_base
+from lsjax.checkpoints.exit_blocks import check_base, read_base
 from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
-from lsjax.config import ConfigError
 from lsjax.config.checked import versioned
 from lsjax.data.token_counts import COUNTS, most_frequent, read_counts
-from lsjax.io.files import cache_directory, read_json, write_json
+from lsjax.io.files import cache_directory, write_json
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
 from lsjax.training.kept_states import keep_states
@@ -104,7 +103,7 @@ def train_run(
             say(f"all {first} steps are done: nothing to do")
             return state
         if config.exit_blocks.keep_states:
-            base = read_json(run.workdir / BASE, ConfigError).get("float32", "")
+            base = read_base(run.workdir, "float32")["float32"]
             where = dict(place=run.place, cache=cache_directory())
             keep_states(config, run.pipeline, state.model, base, drafted, **where, say=say)
         directory = run.workdir if is_first() else None

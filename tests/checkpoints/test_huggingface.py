@@ -283,7 +283,7 @@ def nan(tensors):
             "'stray': shape .*expects no such tensor",
         ),
         (lambda t: t.update({Q0: t[Q0][:-1]}), f"'{Q0}': shape .31, 32., but .* .32, 32."),
-        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), "dtype I8 of a weight"),
+        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), f"'{Q0}' has the dtype I8, not F64 or"),
         (nan, "'model.norm.weight': 1 of 32 values are NaN, infinite or"),
         (lambda t: t.update({Q0: t[Q0] / np.float32(0)}), f"'{Q0}': 1024 of 1024 values are NaN"),
     ],

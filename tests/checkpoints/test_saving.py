@@ -27,7 +27,6 @@ from lsjax.config import CheckpointConfig, ConfigError, LlamaConfig, TrainConfig
 from lsjax.model.llama import Llama
 from lsjax.training.step import TrainState, init_state
 
-
 CONFIG = TrainConfig(
     num_steps=100,
     batch_size=2,

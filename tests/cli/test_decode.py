@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.terminal import CONTROLS, visible
 from tests.cli.test_drafts import completion_of, console
 from tests.marks import long
@@ -198,6 +200,18 @@ def test_summary():
     )
 
 
+@pytest.mark.parametrize("has_block", [False, True])
+def test_why_few_drafts_were_accepted(model, tokenizer, has_block):
+    """Only exits without a block are told that LayerSkip trains exits."""
+    model = with_exit_blocks(model, (1,)) if has_block else model
+    engine, notes = Engine(model, tokenizer, SelfSpeculative(1, 2)), console(colours=False)
+    completion = replace(completion_of("ab", b"ab", "nn", {}), drafted=4, accepted=0)
+    decode.conclude(notes, engine, [completion])
+    said = " ".join(notes.file.getvalue().split())
+    assert "Few drafts of exit 1 were accepted" in said
+    assert ("not trained with LayerSkip" in said, "Its block" in said) == (not has_block, has_block)
+
+
 @pytest.fixture(scope="module")
 def bad(model_directory, tmp_path_factory):
     """A directory of damaged models and prompt files."""
@@ -258,6 +272,10 @@ def bad(model_directory, tmp_path_factory):
         ),
         ("--strategy early_exit --exit-layer 5", "layer 5 is out of range: use --exit-layer 1..4"),
         ("--strategy early_exit", "early_exit needs --exit-layer"),
+        (
+            "--strategy self_speculative --draft-vocab 0",
+            "--draft-vocab 0 must be a whole number of at least 1",
+        ),
         ("--strategy self_speculative --model {bad}/silent", "needs --exit-layer and --num-draft"),
         (
             "--strategy self_speculative --num-draft-tokens -1",

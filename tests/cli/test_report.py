@@ -102,6 +102,10 @@ def test_a_task_reads_the_rows_of_the_configuration(tmp_path):
         (["--model", "nowhere"], "nowhere: does not exist"),
         (["--model", "MODEL", "--data.paths", "a.txt", "--minute", "3"], "did you mean --minutes"),
         (["--model", "MODEL", "--data.paths", "a.txt", "--minutes", "0"], "--minutes 0.0 must be"),
+        (
+            ["--model", "MODEL", "--data.paths", "a.txt", "--minutes", "0.000001"],
+            "--minutes 1e-06 must be a finite number of at least 1 .*: the first steps and tokens",
+        ),
     ],
 )
 def test_bad_flags_are_refused(flags, message, model_directory):

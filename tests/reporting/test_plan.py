@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from lsjax.cli.report_making import fitted_plan
 from lsjax.config import ConfigError, DataConfig, LlamaConfig, Sampling
 from lsjax.reporting import plan as plans
 from lsjax.reporting.plan import Asked, Speeds, make_plan, read_plan, write_plan
 from lsjax.reporting.recipes import SAMPLE_STEPS, chosen, recipe, with_steps, without_layerskip
+from lsjax.terminal import SafeConsole
 
 MODEL = LlamaConfig.smollm2_135m()
 BASE = recipe(MODEL, "smollm2", DataConfig(), SAMPLE_STEPS)
@@ -56,6 +58,16 @@ def test_too_short_a_time_is_refused_with_one_that_works():
         make_plan(asked(minutes=2.0), SPEEDS, strategies=11, spent=60)
     needed = float(str(no.value).partition("at least ")[2].partition(",")[0])
     assert make_plan(asked(minutes=needed), SPEEDS, 11, 60).config.num_steps >= plans.FEWEST_STEPS
+
+
+def test_a_time_that_was_too_short_is_refused_before_the_model_is_read(tmp_path):
+    """Also another one that is too short. The speeds count only for the same flags."""
+    plans.write_speeds(tmp_path, asked(minutes=2.0, model="nowhere"), SPEEDS)
+    given = asked(minutes=3.0, model="nowhere")
+    assert plans.read_speeds(tmp_path, given) == SPEEDS
+    assert plans.read_speeds(tmp_path, replace(given, seeds=2)) is None
+    with pytest.raises(ConfigError, match="--minutes 3 is too short .* give at least"):
+        fitted_plan(given, tmp_path, SafeConsole(), num_batches=8)
 
 
 @pytest.mark.parametrize("slow", [10.0, 60.0])

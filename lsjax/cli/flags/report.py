@@ -85,7 +85,7 @@ class Early(Given):
 class Arguments(Given):
     """Flags of lsjax report."""
 
-    minutes: float | None = bounded(None, above=0)
+    minutes: float | None = bounded(None, low=1, hint="the first steps and tokens take a minute")
     """Time for all of it; 60 by default. A --config without --minutes keeps its number of steps."""
     seeds: int = bounded(1, low=1)
     """Number of trainings of each kind, with the seeds 0, 1 and so on."""

@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lsjax.config import AnyPath, Checked, Kernels, MeshConfig, Sampling, Weights, check
+from lsjax.config import (
+    AnyPath,
+    Checked,
+    Kernels,
+    MeshConfig,
+    Sampling,
+    Weights,
+    bounded,
+    check,
+)
 
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
@@ -68,7 +77,7 @@ class StrategyFlags(Checked, prefix="--"):
     model was trained with."""
     num_draft_tokens: tuple[int, ...] = ()
     """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
-    draft_vocab: int | None = None
+    draft_vocab: int | None = bounded(None, low=1)
     """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
     lsjax count-tokens counts the tokens."""
     draft_weights: Literal["float", "int8-head", "int8"] = "float"
