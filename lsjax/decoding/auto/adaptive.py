@@ -176,7 +176,8 @@ class Adaptive(Speculative):
         return replace(proposed, hidden=(first_BTD, *none.hidden[1:]))
 
     def drafted(self, model: DecoderModel, draft: Draft, choice: Choice) -> Draft:
-        """The same, or the draft of the chosen exit."""
+        """The draft of the chosen exit. Returns `draft` unchanged if the choice is a lookup, or to
+        draft nothing."""
 
         def first_layers(x_B1D, positions_B1, cache):
             segments = [

@@ -17,8 +17,9 @@ DECAY = 0.97  # weight of the older counts, for each new one
 USUAL_COUNT = 2.0
 # Added to the drafts of each level, for its share.
 SHARE_COUNT = 0.5
-# An exit that is surer than it should be is so at all levels. The usual chances of an exit weigh as
-# much as this many drafts.
+# If drafts of an exit pass less often than usual at one level, they do so at all levels. So one
+# factor, found / expected passes, scales the usual chances of all its levels. It begins at 1, with
+# the weight of this many expected passes.
 EXIT_COUNT = 8.0
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Drafts of the last text that a new one begins with. Exits are as good in both, often.
