@@ -50,7 +50,7 @@ class Tuning:
     # The first program chooses the layouts of the weights.
     lays_out_weights: bool = False
     # Several positions take about as long as one, and launching a small operation about as long as
-    # running it. So `auto` verifies with one width, and makes autoregressive steps in between.
+    # running it. So `auto` verifies with one width.
     positions_are_free: bool = False
 
     # Training

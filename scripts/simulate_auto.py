@@ -31,7 +31,13 @@ from lsjax.data.chat import Dialogue
 from lsjax.data.token_counts import read_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.auto.choose import choose
-from lsjax.decoding.auto.learned import Counts, Learned, by_level
+from lsjax.decoding.auto.learned import (
+    MOST_IDLE_TOKENS,
+    Counts,
+    Learned,
+    by_level,
+    idle_tokens,
+)
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.confidence import confidence_level
 from lsjax.decoding.draft import top_probability
@@ -200,8 +206,8 @@ def played(
 
     def of_exit(choice, limit, top_T, right_T):
         """Drafts that count, those that are right, and the top probabilities that were computed."""
-        least_T = choice.confidence.least_BT[0, :LONGEST]
-        levels_T, chances_ZT = confidence_level(top_T[:LONGEST]), choice.confidence.chances_BZT[0]
+        least_T = choice.confidence.least_T[:LONGEST]
+        levels_T, chances_ZT = confidence_level(top_T[:LONGEST]), choice.confidence.chances_ZT
         sure_T = jnp.cumprod(chances_ZT[levels_T, columns[:LONGEST]])
         before_T = jnp.pad(sure_T, (1, 0), constant_values=1)[:LONGEST]
         stands_T = (sure_T >= least_T) & (columns[:LONGEST] < limit)
@@ -230,7 +236,8 @@ def played(
         looked_T = (proposal_BT[0] == ahead_T[:LONGEST]) & (columns[:LONGEST] < limit)
         drafted, accepted, is_exit = limit, jnp.cumprod(looked_T).sum(), choice.exit_layer > 0
         seen = Counts(learned.passed_BEZ, learned.tried_BEZ)
-        due = learned.rounds_B[0] % every == every - 1
+        far_apart = idle_tokens(learned.idle_B[0]) == MOST_IDLE_TOKENS
+        due = far_apart | (learned.rounds_B[0] % every == every - 1)
         if exits:
             own, right, computed_T = of_exit(choice, limit, top_T, right_T)
             drafted = jnp.where(is_exit, own, drafted)
@@ -247,7 +254,10 @@ def played(
         time -= jnp.where(is_exit, DRAFT * shorter, 0)
         verified = SimpleNamespace(tokens_BT=ahead_T[None], accepted_B=accepted[None], seen=seen)
         learned = learned.after(verified, matched_B, proposal_BT, choice.is_idle)
-        return length + accepted + 1, learned, time
+        # Tokens without a choice.
+        length, wait = length + accepted + 1, learned.wait_B[0]
+        time += jnp.clip(text.end - length, 0, wait) * seconds_QJ[0, 0]
+        return length + wait, learned, time
 
     first = text.begin + 1, start, jnp.float32(0)
     _, learned, time = lax.while_loop(lambda carry: carry[0] < text.end, round_, first)

@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 from lsjax.checkpoints.exit_blocks import BASE, BlocksSource, ExitBlocksRun
 from lsjax.checkpoints.huggingface import (
     SINGLE,
+    GenerationDefaults,
     check_destination,
+    read_generation_defaults,
     read_safetensors,
     typed_tensor,
 )
@@ -63,6 +65,7 @@ class ExportedBlocks(BlocksSource, TensorSource):
         local = local_copy(directory, wanted=WEIGHTS)
         self.tensors = read_safetensors(local / SINGLE)
         self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
+        self.agreement_E = read_generation_defaults(directory).agreement_E
         self.hang_off(base)
 
     def read(self, name: str) -> Any:
@@ -108,8 +111,9 @@ def save_exit_blocks(
         for part in parts_of(as_layer(name), "huggingface")
     }
     settings = read_json(run.path / CONFIG, CheckpointError)
+    measured = GenerationDefaults(agreement_E=run.agreement_E).to_json()
     with writing(directory), whole_directory(directory, last=CONFIG) as partial:
-        write_json(partial / CONFIG, {name: settings[name] for name in SETTINGS})
+        write_json(partial / CONFIG, {name: settings[name] for name in SETTINGS} | measured)
         tokenizer.save(partial)
         for name in (BASE, COUNTS):
             write_whole(partial / name, (run.path / name).read_bytes())

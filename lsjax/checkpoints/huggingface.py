@@ -33,7 +33,11 @@ from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
 SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_GENERATION = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
+_GENERATION = {
+    "exit_layer": "assistant_early_exit",
+    "num_draft_tokens": "num_assistant_tokens",
+    "agreement_E": "exit_agreement",  # of ours alone
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -43,8 +47,10 @@ class GenerationDefaults(Checked):
 
     exit_layer: int | None = bounded(None, low=1)  # layers that draft, E
     num_draft_tokens: int | None = bounded(None, low=1)  # drafted per round, d
+    # Share of greedy drafts of exits 1 to L that were right in training, at index E - 1.
+    agreement_E: tuple[float, ...] | None = bounded(None, low=0, high=1)
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """The set fields by their names in generation_config.json."""
         early = {name: getattr(self, field) for field, name in _GENERATION.items()}
         return {name: value for name, value in early.items() if value is not None}
@@ -53,14 +59,17 @@ class GenerationDefaults(Checked):
 def read_generation_defaults(path: str | AnyPath) -> GenerationDefaults:
     """Reads generation_config.json, else config.json; empty for a GGUF file.
 
-    Raises CheckpointError if a file is not JSON, or a value is not a number of at least 1.
+    Raises CheckpointError if a file is not JSON, or a value is out of range.
     """
     path, raw = split_step(path)[0], {}
     for file in (path / "config.json", path / "generation_config.json"):
         said = read_json(file, CheckpointError) if file.is_file() else {}
         raw |= {key: value for key, value in said.items() if value is not None}
+    given = {field: raw.get(key) for field, key in _GENERATION.items()}
+    if isinstance(shares := given["agreement_E"], list):
+        given["agreement_E"] = tuple(shares)
     try:
-        return GenerationDefaults(**{field: raw.get(key) for field, key in _GENERATION.items()})
+        return GenerationDefaults(**given)
     except ConfigError as error:
         names = " and ".join(_GENERATION.values())
         raise CheckpointError(f"{path}: {names} of its configuration: {error}") from error
@@ -86,6 +95,11 @@ class HuggingFaceSource(TensorSource):
         for file in _files(path):
             self.tensors |= read_safetensors(file)
         self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
+
+    @property
+    def agreement_E(self) -> tuple[float, ...] | None:
+        """As in `GenerationDefaults`."""
+        return read_generation_defaults(self.path).agreement_E
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""

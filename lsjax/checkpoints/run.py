@@ -152,6 +152,12 @@ class RunSource:
         done = [row for row in rows if row["step"] <= self.step]
         return max(done, key=lambda row: row["step"], default=None)
 
+    @property
+    def agreement_E(self) -> tuple[float, ...] | None:
+        """Share of greedy drafts of exit E that were right in that evaluation, at index E - 1."""
+        evaluation = self.evaluation
+        return None if evaluation is None else tuple(map(float, evaluation["agreement_E"]))
+
     def shape(self, dtype: DTypeLike) -> Llama:
         """The model's shapes, with a Block per layer."""
         return jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))

@@ -85,6 +85,7 @@ class TensorSource:
     path: AnyPath
     config: LlamaConfig
     names: Names  # column of the table that names the tensors
+    agreement_E: tuple[float, ...] | None = None  # as in `GenerationDefaults`, if it is known
     is_int8 = False  # whether matrices may be integers with scales
     tensors: Mapping[str, tuple[AnyPath, Any]]  # file and unread tensor, by name in the file
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor

@@ -70,9 +70,11 @@ def of_run(run: RunSource, name: str) -> dict[str, GenerationDefaults | dict[str
     """Arguments of `save` that only a run has: its best exit, its token counts and a model card.
     name: of the exported model."""
     generation = read_generation_defaults(run.path)
-    if run.evaluation is not None:
-        best = best_exit(run.config, run.evaluation["agreement_E"]) or (None, None)
-        generation = GenerationDefaults(exit_layer=best[0], num_draft_tokens=best[1])
+    if (agreement_E := run.agreement_E) is not None:
+        exit_layer, drafts = best_exit(run.config, agreement_E) or (None, None)
+        generation = GenerationDefaults(
+            exit_layer=exit_layer, num_draft_tokens=drafts, agreement_E=agreement_E
+        )
     files = {"README.md": model_card(name, run, generation).encode()}
     counts = run.path / COUNTS
     if counts.is_file():

@@ -1,6 +1,6 @@
 """The engine and the strategies that flags ask for (lsjax/cli/flags/shared.py)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -130,7 +130,7 @@ def make_strategies(
         int8_head = flags.draft_weights == "int8-head"
         check(bool(own) or not int8_head, "--draft-weights has no effect without exits: name some")
         vocabulary = _vocabulary(model, flags, counts, own[len(own) // 2]) if own else None
-        made["auto"] = [Adaptive(own, vocabulary)]
+        made["auto"] = [Adaptive(own, vocabulary, agreement=measured_agreement(model, own))]
     if "self_speculative" in names:
         lengths = list(dict.fromkeys(flags.num_draft_tokens))
         if not exits or not lengths:
@@ -178,6 +178,20 @@ def _vocabulary(
         return DraftVocabulary.every(model.source.config.vocab_size) if is_int8 else None
     found = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
     return replace(found, is_int8=is_int8)
+
+
+def measured_agreement(model: OpenModel, exits: Sequence[int]) -> tuple[float, ...]:
+    """Share of greedy drafts of each exit that were right in training; empty if it is unknown."""
+    agreement_E = model.source.agreement_E
+    if agreement_E is None:
+        return ()
+    layers = model.source.config.num_layers
+    check(
+        len(agreement_E) == layers,
+        f"{model.source.path}: has the agreement of {len(agreement_E)} exits, but {layers} layers: "
+        "restore the file, or remove exit_agreement from it",
+    )
+    return tuple(agreement_E[exit_layer - 1] for exit_layer in exits)
 
 
 def trained_vocab(model: OpenModel) -> int | None:

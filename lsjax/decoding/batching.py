@@ -194,7 +194,7 @@ class ContinuousBatch:
         loop = calls.loop, self._state or single, np.int32(0), self._arguments.of(capacity)
         programs.get(*loop)
         if calls.pause:
-            programs.get(calls.pause, loop[1])
+            programs.get(calls.pause, loop[1], np.int32(0))
         single = self._run(calls.reading(len(ids) - known, capacity), single, np.int32(known))
         if self._is_single:
             self._state = single
@@ -245,7 +245,7 @@ class ContinuousBatch:
         arguments = self._arguments.of(self._state.capacity)
         self._state = self._run(calls.loop, self._state, rounds, arguments)
         if calls.pause:
-            self._state = self._run(calls.pause, self._state)
+            self._state = self._run(calls.pause, self._state, rounds)
         runtime.decode_seconds += self._worked - before
 
     def _grow(self, longest: int) -> None:

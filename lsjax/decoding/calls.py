@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from lsjax.decoding.programs import decode, fill, grow, insert, prefill
+from lsjax.decoding.programs import decode, fill, grow, insert, pause, prefill
 from lsjax.decoding.prompts import Admitted, Prompts, chunk_size, side_by_side
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime
@@ -39,13 +39,13 @@ class Calls:
         # Exits whose draft states are in the cache.
         self.exits = strategy.exits if has_draft_state(runtime.model) else ()
         self.capacity = partial(runtime.capacity, strategy=strategy, most=most)
-        self.loop, self.pause = partial(decode, strategy=strategy), runtime.pause_of(strategy)
+        self.loop = partial(decode, strategy=strategy)
+        self.pause = partial(pause, strategy=strategy) if strategy.pauses else None
 
     def rows_of(self, requests: Sequence[Request], cache: Cache, capacity: int) -> DecodeState:
         """Rows of `capacity` slots."""
         lesson = self._runtime.lessons.get(self._strategy) if self._greedy else None
-        guess = self._strategy.first_guess
-        learned = guess(len(requests)) if lesson is None else guess(len(requests), lesson)
+        learned = self._strategy.first_guess(len(requests), lesson)
         return self._create(requests, cache=cache, capacity=capacity, learned=learned)
 
     def empty_rows(self, rows: int, capacity: int) -> DecodeState:
@@ -94,7 +94,7 @@ class Calls:
         arguments = self._runtime.plain_arguments(self._strategy)
         calls = [(self.loop, state, np.int32(0), arguments)]
         if self.pause:
-            calls.append((self.pause, state))
+            calls.append((self.pause, state, np.int32(0)))
         if fills:
             begin = {row: (row, request) for row, request in enumerate(requests[:rows])}
             return [*calls, self.filling(next(side_by_side(begin)), state, shapes)]

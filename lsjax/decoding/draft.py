@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.confidence import Confidence
+from lsjax.decoding.confidence import Confidence, Together
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
@@ -22,19 +22,15 @@ class DraftArguments:
     """What drafting takes at run time: the head of a draft vocabulary, and where drafts end."""
 
     head: DraftHead | None = None
-    confidence: Confidence | None = None
+    confidence: Confidence | Together | None = None
 
     @classmethod
     def create(
-        cls,
-        model: DecoderModel,
-        vocabulary: DraftVocabulary | None,
-        least: float | None,
-        columns: int,
+        cls, model: DecoderModel, vocabulary: DraftVocabulary | None, least: float | None
     ) -> "DraftArguments":
-        """least: minimum product of top probabilities for each of `columns` drafts, or None."""
+        """least: minimum product of top probabilities, or None."""
         head = None if vocabulary is None else vocabulary.head(model)
-        return cls(head, Confidence.constant(least, columns))
+        return cls(head, None if least is None else Confidence(jnp.float32(least)))
 
 
 class Places(NamedTuple):

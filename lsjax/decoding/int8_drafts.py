@@ -48,7 +48,7 @@ class Int8Drafts(SelfSpeculative):
             "--draft-weights int8-head",
         )
         drafter = with_int8(first_layers(model, self.exit_layer))
-        draft = DraftArguments.create(drafter, self.vocabulary, self.draft_confidence, self.slack)
+        draft = DraftArguments.create(drafter, self.vocabulary, self.draft_confidence)
         return Int8Arguments(draft, drafter)
 
     def round(

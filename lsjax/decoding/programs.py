@@ -128,7 +128,7 @@ def decode(
 ) -> DecodeState:
     """Runs at most `rounds` rounds of the strategy. Stops when a row has ended: the host notes its
     time. Stops before a round that the cache has no room for: the host grows it. Stops if the
-    strategy does."""
+    strategy pauses."""
 
     running_B = state.running_B
 
@@ -145,10 +145,12 @@ def decode(
         return lax.while_loop(another, run_round, (0, state))[1]
 
 
-def pause(model: DecoderModel, state: DecodeState, *, strategy: Strategy) -> DecodeState:
+def pause(
+    model: DecoderModel, state: DecodeState, most: Int[Array, ""], *, strategy: Strategy
+) -> DecodeState:
     """The strategy's pause between two calls of `decode`. It is a program of its own: in a larger
-    one, XLA:TPU loads fewer weights ahead."""
-    return strategy.pause(model, state)
+    one, XLA:TPU loads fewer weights ahead. most: tokens of a row."""
+    return strategy.pause(model, state, most)
 
 
 def read_exits(

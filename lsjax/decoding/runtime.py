@@ -160,13 +160,10 @@ class Runtime:
         )
         arguments = self.plain_arguments(strategy)
         loop = self.programs.get(partial(decode, strategy=strategy), state, np.int32(0), arguments)
-        waiting = self.pause_of(strategy)
-        return Stopwatch(loop, waiting and self.programs.get(waiting, state), state, arguments)
-
-    def pause_of(self, strategy: Strategy) -> partial | None:
-        """What runs between calls of the strategy's rounds; None for most strategies."""
-        with self.programs.context():
-            return partial(pause, strategy=strategy) if strategy.pauses() else None
+        waiting = None
+        if strategy.pauses:
+            waiting = self.programs.get(partial(pause, strategy=strategy), state, np.int32(0))
+        return Stopwatch(loop, waiting, state, arguments)
 
     def _identity(self, strategy: Adaptive, rows: int, capacity: int, kind: str) -> list[Any]:
         """All that the seconds of rounds depend on."""

@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.acceptance import AcceptanceRule, judge
-from lsjax.decoding.confidence import Confidence
+from lsjax.decoding.confidence import Confidence, Together
 from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
@@ -59,7 +59,7 @@ class SelfSpeculative(Speculative):
 
     def arguments(self, model: DecoderModel) -> DraftArguments:
         """The head's rows of the draft vocabulary, and the confidence."""
-        return DraftArguments.create(model, self.vocabulary, self.draft_confidence, self.slack)
+        return DraftArguments.create(model, self.vocabulary, self.draft_confidence)
 
     def round(
         self, model: DecoderModel, state: DecodeState, arguments: DraftArguments
@@ -128,7 +128,7 @@ def draft_tokens(
     first_layers: Callable,
     draft: Draft,
     limit_B: Int[Array, " B"],
-    confidence: Confidence | None,
+    confidence: Confidence | Together | None,
     active: Bool[Array, ""] | bool = True,
 ) -> Draft:
     """Drafts up to `limit_B` tokens per row. A row stops at its limit, at a stop token, or when the
@@ -144,12 +144,12 @@ def draft_tokens(
         draft = draft.with_states(at, hidden, cache)
         active_B = loop.active_B & (at < limit_B)
         if confidence is not None:  # the head can't raise sure_B: spare it
-            active_B &= confidence.suffices(sure_B, at)
+            active_B = confidence.go_on(active_B, sure_B, at)
         chosen = draft.choose_if(active_B.any(), drafter, x_B1D, at)
         draft = draft.with_token(at, chosen)
         if confidence is not None:
             sure_B = sure_B * confidence.chance(chosen.top_B1, at)
-            active_B &= confidence.suffices(sure_B, at)  # else the new token does not count
+            active_B = confidence.go_on(active_B, sure_B, at)  # else the new token does not count
         draft = replace(draft, count_B=draft.count_B + active_B)
         active_B &= ~state.is_stop(chosen.token_B)
         return DraftLoop(at + 1, chosen.token_B, active_B, sure_B, draft)

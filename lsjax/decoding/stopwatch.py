@@ -18,14 +18,15 @@ class Stopwatch:
     """Times calls of a compiled loop of rounds. Each starts from the same state in the same cache,
     as the program consumes its state.
 
-    loop: (state, number of rounds, arguments) -> state. pause: runs after each call, if given.
+    loop: (state, number of rounds, arguments) -> state. pause: (state, most tokens) -> state, after
+    each call, if given.
     arguments: of the loop, by default.
     """
 
     def __init__(
         self,
         loop: Callable[..., DecodeState],
-        pause: Callable[[DecodeState], DecodeState] | None,
+        pause: Callable[..., DecodeState] | None,
         state: DecodeState,
         arguments: Any,
     ):
@@ -43,7 +44,7 @@ class Stopwatch:
         begin = time.perf_counter()
         self._state = self._loop(self._state, np.int32(rounds), given)
         if self._pause is not None:
-            self._state = self._pause(self._state)
+            self._state = self._pause(self._state, np.int32(np.iinfo(np.int32).max))
         jax.block_until_ready(self._state)
         spent = time.perf_counter() - begin
         return spent, int((np.array(self._state.round_BS) > 0).sum(1).max())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from lsjax.config import check
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -43,6 +43,7 @@ class Strategy(ABC):
         return self
 
     exits: tuple[int, ...] = ()  # those that draft, ascending
+    pauses: ClassVar[bool] = False  # whether rounds stop at times, for a `pause`
 
     def validate(self, sizes: Sizes) -> None:  # noqa: B027
         """Raises ConfigError if the strategy does not fit the model."""
@@ -64,16 +65,13 @@ class Strategy(ABC):
         """What a row that ends teaches about the next texts, on the host; None for most."""
         return None
 
-    def pauses(self) -> bool:
-        """Whether rounds of the traced program stop at times, for a `pause`."""
-        return False
-
     def wants_another(self, state: DecodeState) -> Bool[Array, ""] | bool:
         """Whether another round follows before a pause."""
         return True
 
-    def pause(self, model: DecoderModel, state: DecodeState) -> DecodeState:
-        """What the host runs between calls of rounds, as a program of its own."""
+    def pause(self, model: DecoderModel, state: DecodeState, most: Int[Array, ""]) -> DecodeState:
+        """What the host runs between calls of rounds if the strategy `pauses`, as a program of its
+        own. most: tokens of a row."""
         return state
 
     @abstractmethod

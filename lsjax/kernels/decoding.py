@@ -9,12 +9,6 @@ def verification_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return lengths[-1:] if tuning().positions_are_free else lengths
 
 
-def choosing_is_slow() -> bool:
-    """Whether a choice costs as much as several layers: it takes many small operations, and each
-    has to be launched."""
-    return tuning().positions_are_free
-
-
 def lays_out_weights() -> bool:
     """Whether the compiler should choose the layouts of the weights."""
     return tuning().lays_out_weights

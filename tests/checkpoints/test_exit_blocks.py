@@ -20,6 +20,9 @@ from lsjax.checkpoints.exit_blocks import (
 )
 from lsjax.checkpoints.exported_blocks import SETTINGS, save_exit_blocks
 from lsjax.checkpoints.huggingface import SINGLE
+from lsjax.checkpoints.run import METRICS
+from lsjax.cli import engines
+from lsjax.cli.flags.shared import ModelFlags
 from lsjax.config import ExitBlocksConfig, LlamaConfig
 from lsjax.config.checked import VERSION
 from lsjax.data.token_counts import COUNTS
@@ -46,6 +49,9 @@ def folder(tmp_path_factory):
     prints = {name: base_fingerprint(base, jnp.dtype(name)) for name in DTYPES}
     (run.path / BASE).write_text(json.dumps({"path": str(folder / "base"), **prints}))
     (run.path / COUNTS).write_text("{}")
+    row = {"kind": "evaluation", "step": 1, "loss_E": [3, 2, 1], "agreement_E": [0.4, 0.5, 1.0]}
+    (run.path / METRICS).write_text(json.dumps(row) + "\n")
+    run.step = 1
     blocks = with_exit_blocks(base, (1,))
     save_exit_blocks(blocks, run, folder / "blocks", ByteTokenizer(), "a card")
     return folder
@@ -58,6 +64,17 @@ def blocks(folder, tmp_path):
     for file in (folder / "blocks").iterdir():
         (tmp_path / "blocks" / file.name).write_bytes(file.read_bytes())
     return tmp_path / "blocks"
+
+
+def test_blocks_know_how_often_they_were_right(folder, blocks):
+    """`auto` begins with that, not with what the base says of its exits."""
+    generation = lsjax.GenerationDefaults(agreement_E=(0.1, 0.2, 1.0))
+    base = folder / "measured"
+    lsjax.save(lsjax.load(folder / "base"), base, tokenizer=ByteTokenizer(), generation=generation)
+    opened = engines.open_model(ModelFlags(model=base, exit_blocks=blocks))
+    assert engines.measured_agreement(opened, (1,)) == (0.4,)
+    opened = engines.open_model(ModelFlags(model=base))
+    assert engines.measured_agreement(opened, (1, 2)) == (0.1, 0.2)
 
 
 def test_whole_blocks_are_read(folder, blocks):

@@ -116,7 +116,7 @@ def test_generation_defaults(tmp_path):
     )
     assert read_generation_defaults(GOLDEN / "biases") == GenerationDefaults()
     assert read_generation_defaults(tmp_path / "model.gguf") == GenerationDefaults()
-    kept = GenerationDefaults(exit_layer=1, num_draft_tokens=7)
+    kept = GenerationDefaults(exit_layer=1, num_draft_tokens=7, agreement_E=(0.25, 1.0))
     save(load(GOLDEN / "gqa_tied"), tmp_path / "out", generation=kept)
     assert read_generation_defaults(tmp_path / "out") == kept
     # What generation_config.json does not say is taken from config.json.

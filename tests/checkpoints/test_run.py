@@ -168,6 +168,9 @@ def test_what_an_exported_run_says_of_itself(made, run, tokenizer, tmp_path, cap
     assert "somebody" not in card
     opened = engines.open_model(ModelFlags(model=exported))
     assert 2 in engines.trained_exits(opened)
+    for path in (run, exported):  # auto begins with what the evaluation found
+        opened = engines.open_model(ModelFlags(model=path))
+        assert engines.measured_agreement(opened, (2, 3)) == (0.9, 0.95)
     capsys.readouterr()
 
 
@@ -187,7 +190,8 @@ def test_a_run_without_a_useful_exit_exports_none(run, tmp_path, capsys):
     recipe = {"optimizer": {"name": "lion", "sha256": "ab" * 9}}  # which is no LayerSkip
     (run / "recipe.json").write_text(json.dumps(recipe))
     assert program("convert")([str(run), str(tmp_path / "exported")]) == 0
-    assert lsjax.read_generation_defaults(tmp_path / "exported") == lsjax.GenerationDefaults()
+    found = lsjax.read_generation_defaults(tmp_path / "exported")
+    assert found == lsjax.GenerationDefaults(agreement_E=(0.0, 0.0, 0.0, 1.0))
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "do_sample=False" in card and "trained from random weights by lsjax" in card
     assert "trained without layer dropout and early exits" in card and "batches" not in card

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
+from flax import nnx
 from tyro import _fmtlib
 
 import lsjax
@@ -39,6 +40,7 @@ from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.tasks import TASKS
+from lsjax.model.llama import Llama
 from tests.programs import program
 
 CONFIG = ("--config", str(Path(__file__).parents[2] / "configs" / "quickstart.py"))
@@ -176,7 +178,7 @@ def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
     argv += ["--num-draft-tokens", "1", "4", "--draft-confidence", "0.5", "--temperature", "0.5"]
     flags = parse_as(Shared, argv)
     assert flags.sampling == Sampling(temperature=0.5)
-    source = SimpleNamespace(config=LlamaConfig.tiny())
+    source = SimpleNamespace(config=LlamaConfig.tiny(), agreement_E=None)
     model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
     assert make_strategies(flags, model) == [
         Autoregressive(),
@@ -201,8 +203,9 @@ def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
         ({}, ()),
     ],
 )
-def test_exits_that_a_run_was_trained_with(tokenizer, early_exit, exits):
+def test_exits_that_a_run_was_trained_with(tokenizer, tmp_path, early_exit, exits):
     source = object.__new__(RunSource)
+    source.path = tmp_path  # without evaluations
     source.config, source.early_exit = LlamaConfig.tiny(num_layers=32), early_exit
     model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
     assert trained_exits(model) == exits
@@ -219,14 +222,27 @@ def test_exits_of_a_model_that_names_one(tokenizer, tmp_path):
     assert trained_exits(model) == (1, 2, 3)
 
 
+def test_agreement_of_another_model_is_refused(tokenizer, tmp_path):
+    lsjax.save(
+        Llama(LlamaConfig.tiny(num_layers=2), rngs=nnx.Rngs(0)),
+        tmp_path / "model",
+        tokenizer=tokenizer,
+        generation=lsjax.GenerationDefaults(agreement_E=(0.5, 0.6, 1.0)),
+    )
+    model = open_model(ModelFlags(model=tmp_path / "model"))
+    flags = parse_as(Shared, ["--strategy", "auto", "--exit-layers", "1"])
+    message = "has the agreement of 3 exits, but 2 layers: restore the file, or remove exit_agre"
+    with pytest.raises(ConfigError, match=message):
+        make_strategies(flags, model)
+
+
 def test_auto_chooses_a_draft_vocabulary(tokenizer, tmp_path):
     """By the counts; --draft-vocab sets another size."""
     config = LlamaConfig.smollm2_135m()
     tokenizer = SimpleNamespace(vocab_size=config.vocab_size)
     counts = {token: 1_000_000 // (token + 1) for token in range(20_000)}
-    model = OpenModel(
-        ModelFlags(model=Path("nowhere")), SimpleNamespace(config=config), tokenizer, None
-    )
+    source = SimpleNamespace(config=config, agreement_E=None)
+    model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
     auto = ["--strategy", "auto", "--exit-layers", "8", "15"]
     (chosen,) = make_strategies(parse_as(Shared, auto), model, counts)
     assert chosen.exits == (8, 15) and chosen.draft_vocab == best_draft_vocab(config, 15, counts)

@@ -120,7 +120,7 @@ def test_the_cache_of_a_block_is_that_of_the_text(base, name, feed_forward):
                 forced[number % 4 - 1, 1:] = 1, 2
             arguments = arguments.with_seconds(forced)
         state = round_(model, state, arguments)
-        state = pause(model, state)
+        state = pause(model, state, np.int32(1))
     if name == "auto":
         ends = np.asarray(state.round_BS) > 0
         sources, drafted = np.asarray(state.source_BS)[ends], np.asarray(state.round_BS)[ends] > 1

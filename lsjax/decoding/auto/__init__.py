@@ -11,14 +11,17 @@ drafts it is an autoregressive step. It takes the choice with the most expected 
 A draft of an exit then ends where further tokens cost more seconds than they are worth. Their
 chance to pass depends on the exit's top probability, again by counts. Often nothing is drafted.
 
-A greedy text begins with what was learned of the exits in the last one. A sampled one does not:
-the same seed gives the same text, whatever was decoded before.
+A text begins with how often each exit was right in training, if the model's files say so. A greedy
+text begins with what was learned in the last one instead. A sampled one does not: the same seed
+gives the same text, whatever was decoded before. Rows of a batch draft together, so they share what
+they learn.
 
 Exits that did not draft are scored too, in every fourth round or less often. A round computes their
 hidden states anyway. Lookups are scored in every round. All of this is part of the compiled loop.
 The choice depends only on earlier rounds, so that sampling stays exact.
 
-On accelerators a choice is slow. If one was to draft nothing (`Choice.is_idle`), the loop of rounds
-ends (`Adaptive.wants_another`). The host then runs another program, which appends a few tokens
-without a choice (`Adaptive.pause`), and returns to the loop.
+A choice costs time. If one was to draft nothing (`Choice.is_idle`), the loop of rounds ends
+(`Adaptive.wants_another`). The host then runs another program, which decodes autoregressively
+(`Adaptive.pause`), and returns to the loop. It appends 4 tokens, or after several such choices
+twice as many each time, up to 32.
 """

@@ -13,7 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import check
 from lsjax.decoding.acceptance import judge
 from lsjax.decoding.auto.choose import Choice, choose
-from lsjax.decoding.auto.learned import Counts, Learned
+from lsjax.decoding.auto.learned import (
+    MOST_IDLE_TOKENS,
+    Counts,
+    Learned,
+    expected_counts,
+    idle_tokens,
+)
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.auto.scores import scores
 from lsjax.decoding.auto.segments import Segment, chosen_state, draft_states, run_segments
@@ -24,13 +30,11 @@ from lsjax.decoding.scopes import VERIFY
 from lsjax.decoding.self_speculative import draft_tokens
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Speculative, with_next_token
-from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
+from lsjax.kernels.decoding import verification_lengths
 from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes
 
 # Rounds from one score of all exits to the next, at least, and the share of bytes for scores.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
-# Tokens that accelerators make without a choice, after a choice to draft nothing.
-IDLE_TOKENS = 3
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +60,15 @@ class Adaptive(Speculative):
     exits: those that may draft, ascending; none for a model without LayerSkip. vocabulary: tokens
     that exits may draft; in sampling it limits lookups too. lengths: draft lengths, from 0.
     seconds: of a round with each source and length; by default an engine measures them.
+    agreement: share of each exit's greedy drafts that are right, if it is known beforehand.
     """
 
-    name = "auto"
+    name, pauses = "auto", True
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
     lengths: tuple[int, ...] = (0, 2, 6, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
+    agreement: tuple[float, ...] = ()
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -76,6 +82,8 @@ class Adaptive(Speculative):
         check(exits == tuple(sorted({*exits})), f"exits {exits} must ascend")
         good = lengths[:1] == (0,) and lengths[1:] and lengths == tuple(sorted({*lengths}))
         check(good, f"lengths {lengths} must ascend from 0, with at least one draft length")
+        known = len(self.agreement)
+        check(known in (0, len(exits)), f"{known} agreements are given for {len(exits)} exits")
         shape = len(self.sources), len(lengths)
         check(seconds in ((), shape), f"seconds have the shape {seconds}, not {shape}")
 
@@ -96,8 +104,11 @@ class Adaptive(Speculative):
         return max(SCORED_EVERY, math.ceil(read / (SCORES_SHARE * bytes_per_token(model))))
 
     def first_guess(self, batch: int, lesson: Counts | None = None) -> Learned:
-        """Counts before the first round: none, or those of the exits in the last text."""
+        """Counts before the first round: those of the exits in the last text, or that agree with
+        what training measured, or none."""
         learned = Learned.create(batch, len(self.exits))
+        if lesson is None and self.agreement:
+            lesson = expected_counts(self.agreement)
         return learned if lesson is None else learned.with_lesson(lesson)
 
     def lesson(self, state: DecodeState, row: int) -> Counts | None:
@@ -116,8 +127,10 @@ class Adaptive(Speculative):
         draft = self.proposed(model, state, choice, arguments.head, proposal_BT)
         draft = self.drafted(model, draft, choice) if self.exits else draft
         # Not in the first rounds: seconds are measured in them, and scores would be part of these.
+        # Rounds that are far apart are all scored: little is known of the text between them.
         every = self.scored_every(model)
-        due = learned.rounds_B.max() % every == every - 1
+        far_apart = idle_tokens(learned.idle_B).max() == MOST_IDLE_TOKENS
+        due = far_apart | (learned.rounds_B.max() % every == every - 1)
 
         def verify(draft, places):
             # Segments below the exit ran in the draft, which kept their states.
@@ -197,17 +210,13 @@ class Adaptive(Speculative):
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""
         return jnp.minimum(state.end_B - state.length_B - 1, choice.num_draft_tokens)
 
-    def pauses(self) -> bool:
-        """On accelerators, when drafts do not pay: there a choice is slow."""
-        return choosing_is_slow()
+    def wants_another(self, state: DecodeState) -> Bool[Array, ""]:
+        """Unless tokens are to be made without a choice."""
+        return _waits(state) == 0
 
-    def wants_another(self, state: DecodeState) -> Bool[Array, ""] | bool:
-        """On accelerators: unless the last choice was to draft nothing."""
-        return ~_is_idle(state) if self.pauses() else True
-
-    def pause(self, model: DecoderModel, state: DecodeState) -> DecodeState:
-        """Appends IDLE_TOKENS by autoregressive rounds, if the last choice was to draft nothing.
-        Stops when a row ends, or the cache has no room for another round."""
+    def pause(self, model: DecoderModel, state: DecodeState, most: Int[Array, ""]) -> DecodeState:
+        """Appends the tokens that are to be made without a choice, by autoregressive rounds. Stops
+        when a row ends, or the cache has no room for another round."""
         running_B = state.running_B
 
         def more(carry):
@@ -216,14 +225,13 @@ class Adaptive(Speculative):
 
         def append(carry):
             left, current = carry
-            return left - 1, with_next_token(model, current, model.num_layers, self.exits)
+            current = with_next_token(model, current, model.num_layers, self.exits)
+            wait_B = jnp.maximum(current.learned.wait_B - 1, 0)
+            return left - 1, replace(current, learned=replace(current.learned, wait_B=wait_B))
 
-        start = jnp.where(_is_idle(state), IDLE_TOKENS, 0), state
-        _, state = lax.while_loop(more, append, start)
-        learned = replace(state.learned, idle_B=jnp.zeros_like(state.learned.idle_B))
-        return replace(state, learned=learned)
+        return lax.while_loop(more, append, (jnp.minimum(_waits(state), most), state))[1]
 
 
-def _is_idle(state):
-    """Whether the last choice for the running rows was to draft nothing."""
-    return (state.learned.idle_B & state.running_B).any()
+def _waits(state: DecodeState) -> Int[Array, ""]:
+    """Tokens of the running rows to be made before the next choice."""
+    return jnp.where(state.running_B, state.learned.wait_B, 0).max()

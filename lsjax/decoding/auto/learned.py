@@ -1,5 +1,6 @@
 """What auto has learned of a text: which drafts pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,26 +25,22 @@ EXIT_COUNT = 8.0
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Drafts of the last text that a new one begins with. Exits are as good in both, often.
 LESSON = 16.0
+# Drafts that the agreement in training weighs as much as: a text may be easier or harder.
+AGREEMENT_COUNT = 8.0
+# Tokens that are made without a choice, after a choice to draft nothing: so many at first, then
+# twice as many after each further one.
+IDLE_TOKENS, MOST_IDLE_TOKENS = 4, 32
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
 
 
-class Usual(NamedTuple):
-    """What `auto` expects of an exit's drafts before it has counted any.
-
-    chances_Z: chance that a first draft passes, by level of the exit's top probability. ease: after
-    t passed drafts, the next one is rejected (t + 1)^-ease times as often as a first one.
-    """
-
-    chances_Z: tuple[float, ...]
-    ease: float
-
-
-GREEDY = Usual((0.25, 0.5, 0.75, 0.95, 0.99), 0.0)
-# A sampled draft passes with the overlap of two distributions, which is large for flat ones too.
-# Block verification rejects later drafts of a round less often. 0.4 fits exits 1, 2 and 4 of the
-# quickstart.
-SAMPLED = Usual((0.75, 0.8, 0.87, 0.93, 0.98), 0.4)
+# Usual chance that a draft passes, by level of the exit's top probability. Sampled drafts pass
+# about as often as greedy ones.
+USUAL_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
+# After t passed drafts, the next one is rejected (t + 1)^-ease times as often as a first one. In
+# sampling, block verification rejects later drafts of a round less often. 0.4 fits exits 1, 2 and 4
+# of the quickstart.
+EASE_GREEDY, EASE_SAMPLED = 0.0, 0.4
 
 
 class Counts(NamedTuple):
@@ -51,6 +48,20 @@ class Counts(NamedTuple):
 
     passed: Float[Array, "B *E Z"]
     tried: Float[Array, "B *E Z"]
+
+
+def expected_counts(agreement: Sequence[float]) -> Counts:
+    """Counts [E, Z] of exits with such shares of right drafts: AGREEMENT_COUNT drafts of each. The
+    larger the share is, the more of them are at high levels."""
+    tilt_T1 = np.linspace(-8, 8, 1_601)[:, None]
+    share_TZ = np.exp(tilt_T1 * np.arange(len(USUAL_CHANCES)))
+    share_TZ /= share_TZ.sum(-1, keepdims=True)
+    right_T = share_TZ @ np.array(USUAL_CHANCES)
+    nearest_E = np.array([np.argmin(np.abs(right_T - share)) for share in agreement])
+    # Fewer than usual at the lowest level, if even that one promises too much.
+    factor_E1 = np.minimum(1, np.array(agreement) / right_T[nearest_E])[:, None]
+    tried_EZ = AGREEMENT_COUNT * share_TZ[nearest_E]
+    return Counts(tried_EZ * USUAL_CHANCES * factor_E1, tried_EZ)
 
 
 @jax.tree_util.register_dataclass
@@ -64,18 +75,20 @@ class Learned:
     lookup_passed_BM: Float[Array, "B M"]
     lookup_tried_BM: Float[Array, "B M"]
     rounds_B: Int[Array, " B"]
-    idle_B: Bool[Array, " B"]  # whether the last choice was to draft nothing
+    idle_B: Int[Array, " B"]  # how many of the last choices were to draft nothing
+    wait_B: Int[Array, " B"]  # tokens to be made before the next choice
 
     @classmethod
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         return cls(
-            passed_BEZ=jnp.zeros((batch, exits, len(GREEDY.chances_Z))),
-            tried_BEZ=jnp.zeros((batch, exits, len(GREEDY.chances_Z))),
+            passed_BEZ=jnp.zeros((batch, exits, len(USUAL_CHANCES))),
+            tried_BEZ=jnp.zeros((batch, exits, len(USUAL_CHANCES))),
             lookup_passed_BM=jnp.zeros((batch, LONGEST)),
             lookup_tried_BM=jnp.zeros((batch, LONGEST)),
             rounds_B=jnp.zeros(batch, jnp.int32),
-            idle_B=jnp.zeros(batch, bool),
+            idle_B=jnp.zeros(batch, jnp.int32),
+            wait_B=jnp.zeros(batch, jnp.int32),
         )
 
     def lesson(self, row: int) -> Counts:
@@ -85,42 +98,53 @@ class Learned:
         return Counts(passed_EZ * share_E1, tried_EZ * share_E1)
 
     def with_lesson(self, lesson: Counts) -> "Learned":
-        """Rows that begin with the counts of an earlier text."""
+        """Rows that begin with the counts of an earlier text, to which each adds a part."""
         shape = self.tried_BEZ.shape
-        passed_BEZ, tried_BEZ = (jnp.array(np.broadcast_to(n_EZ, shape)) for n_EZ in lesson)
+        passed_BEZ, tried_BEZ = (
+            jnp.array(np.broadcast_to(n_EZ / shape[0], shape)) for n_EZ in lesson
+        )
         return replace(self, passed_BEZ=passed_BEZ, tried_BEZ=tried_BEZ)
 
     @property
-    def level_share_BEZ(self) -> Float[Array, "B E Z"]:
+    def level_share_EZ(self) -> Float[Array, "E Z"]:
         """Share of each level among the drafts of an exit."""
-        tried_BEZ = self.tried_BEZ + SHARE_COUNT
-        return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
+        tried_EZ = self.tried_BEZ.sum(0) + SHARE_COUNT
+        return tried_EZ / tried_EZ.sum(-1, keepdims=True)
 
-    def chances(self, usual: Usual) -> Float[Array, "B E Z"]:
-        """Chance that a first draft of each exit passes, by its top probability."""
-        usual_Z = jnp.array(usual.chances_Z)
-        usual_BEZ = self.tried_BEZ * usual_Z
-        found_BE1, usual_BE1 = (n.sum(-1, keepdims=True) for n in (self.passed_BEZ, usual_BEZ))
-        factor_BE1 = (found_BE1 + EXIT_COUNT) / (usual_BE1 + EXIT_COUNT)
-        expected_BEZ = jnp.minimum(factor_BE1 * usual_Z, 0.99)
-        passed_BEZ = self.passed_BEZ + USUAL_COUNT * expected_BEZ
-        return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
+    @property
+    def chances_EZ(self) -> Float[Array, "E Z"]:
+        """Chance that a first draft of each exit passes, by its top probability. All rows count: in
+        a batch, they draft together."""
+        passed_EZ, tried_EZ = self.passed_BEZ.sum(0), self.tried_BEZ.sum(0)
+        usual_Z = jnp.array(USUAL_CHANCES)
+        found_E1, usual_E1 = (n.sum(-1, keepdims=True) for n in (passed_EZ, tried_EZ * usual_Z))
+        factor_E1 = (found_E1 + EXIT_COUNT) / (usual_E1 + EXIT_COUNT)
+        expected_EZ = jnp.minimum(factor_E1 * usual_Z, 0.99)
+        return (passed_EZ + USUAL_COUNT * expected_EZ) / (tried_EZ + USUAL_COUNT)
 
-    def mean_chance(self, usual: Usual) -> Float[Array, "B E"]:
+    @property
+    def mean_chance_E(self) -> Float[Array, " E"]:
         """Chance that a first draft of each exit passes."""
-        return (self.level_share_BEZ * self.chances(usual)).sum(-1)
+        return (self.level_share_EZ * self.chances_EZ).sum(-1)
 
     def exit_tokens(
-        self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"], usual: Usual
-    ) -> tuple[Float[Array, "B E J"], Float[Array, "B E J"]]:
-        """Expected tokens of a round with each exit and draft length, and the chance that it
-        drafts: if the level of its first draft token promises `least_EJ` accepted ones."""
-        drafts_BEJ = expected_drafts(self.mean_chance(usual), lengths, usual)[:, :, 0]
-        passed_BEJZ = self.chances(usual)[:, :, None] * drafts_BEJ[..., None]
-        drafts_BEJZ = jnp.where(
-            passed_BEJZ >= least_EJ[..., None], self.level_share_BEZ[:, :, None], 0
-        )
-        return 1 + (drafts_BEJZ * passed_BEJZ).sum(-1), drafts_BEJZ.sum(-1)
+        self,
+        lengths: tuple[int, ...],
+        least_EJ: Float[Array, "E J"],
+        ease: float,
+        rows: Int[Array, ""] | int = 1,
+    ) -> tuple[Float[Array, "E J"], Float[Array, "E J"]]:
+        """Expected tokens of a row in a round with each exit and draft length, and the chance that
+        the exit drafts: if its rows' first tokens promise `least_EJ` accepted ones in the mean.
+
+        rows: that draft together. The mean over them deviates less than a single row does.
+        """
+        mean_E = self.mean_chance_E
+        first_EZ = mean_E[:, None] + (self.chances_EZ - mean_E[:, None]) / jnp.sqrt(rows)
+        drafts_EJ = expected_drafts(mean_E, lengths, ease)[:, 0]
+        passed_EJZ = first_EZ[:, None] * drafts_EJ[..., None]
+        drafts_EJZ = jnp.where(passed_EJZ >= least_EJ[..., None], self.level_share_EZ[:, None], 0)
+        return 1 + (drafts_EJZ * passed_EJZ).sum(-1), drafts_EJZ.sum(-1)
 
     def lookup_tokens(
         self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
@@ -164,30 +188,38 @@ class Learned:
         lookup_tried_BM = (size_BTM & looked_BT[..., None]).sum(1)
         lookup_passed_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
         kept_BM = DECAY**lookup_tried_BM
+        idle_B = jnp.where(is_idle, self.idle_B + 1, 0)
         return Learned(
             self.passed_BEZ * kept_BE1 + seen.passed,
             self.tried_BEZ * kept_BE1 + seen.tried,
             self.lookup_passed_BM * kept_BM + lookup_passed_BM,
             self.lookup_tried_BM * kept_BM + lookup_tried_BM,
             self.rounds_B + 1,
-            jnp.broadcast_to(is_idle, self.idle_B.shape),
+            idle_B,
+            idle_tokens(idle_B),
         )
 
 
-def in_turn(first: Float[Array, "*b"], number: int, usual: Usual) -> Float[Array, "*b T"]:
+def idle_tokens(choices_B: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Tokens without a choice, after so many choices in a row to draft nothing."""
+    doubled_B = IDLE_TOKENS << jnp.clip(choices_B - 1, 0, 16)
+    return jnp.where(choices_B > 0, jnp.minimum(doubled_B, MOST_IDLE_TOKENS), 0)
+
+
+def in_turn(first: Float[Array, "*b"], number: int, ease: float) -> Float[Array, "*b T"]:
     """Chances that each of so many drafts passes, if those before it have. first: of the first."""
-    return 1 - (1 - first[..., None]) * (1.0 + np.arange(number)) ** -usual.ease
+    return 1 - (1 - first[..., None]) * (1.0 + np.arange(number)) ** -ease
 
 
 def expected_drafts(
-    first: Float[Array, "*b"], lengths: tuple[int, ...], usual: Usual
+    first: Float[Array, "*b"], lengths: tuple[int, ...], ease: float
 ) -> Float[Array, "*b T J"]:
     """Drafts that are expected to pass from draft t on, for each length, if draft t does: 1 for it,
     and the chances of the later ones. 0 if the length ends before it."""
     index_T = np.arange(1 + lengths[-1])
     # Logarithm of the chance that drafts 1 to t pass.
     later_TT = (index_T > 0) & (index_T <= index_T[:, None])
-    chance_T = in_turn(first, len(index_T), usual)
+    chance_T = in_turn(first, len(index_T), ease)
     log_T = jnp.where(later_TT, jnp.log(chance_T)[..., None, :], 0).sum(-1)
     passes_TT = jnp.exp(log_T[..., None, :] - log_T[..., None])
     counts_TJT = (index_T >= index_T[:, None, None]) & (index_T < np.array(lengths)[:, None])
@@ -198,6 +230,6 @@ def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
 ) -> Counts:
     """Counts of an exit's drafts, [B, Z], by their top probability."""
-    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(GREEDY.chances_Z))
+    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(USUAL_CHANCES))
     tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
     return Counts((tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1))

@@ -19,7 +19,7 @@ MEASURING = 20.0  # seconds; compiling comes before
 REPEATS, FEWEST = 15, 4  # of each choice
 ENOUGH = 0.05  # error of the medians at which no further repeat is needed
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
-VERSION = 10  # of `measure` and of rounds: files of earlier ones are not read
+VERSION = 11  # of `measure` and of rounds: files of earlier ones are not read
 
 
 def kept_seconds(
