@@ -1,7 +1,7 @@
 """The model card (README.md) of an exported run: what it is, how it was trained, how to decode."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -125,7 +125,8 @@ def blocks_card(name: str, run: ExitBlocksRun, parameters: int) -> str:
 
 def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str:
     """Markdown text. name: of the exported directory. generation: the decoding defaults in it."""
-    settings, options = run.settings, generation.to_json()
+    settings = run.settings
+    options = replace(generation, agreement_E=None).to_json()  # what transformers knows
     origin = settings.get("init_from")
     has_exits = run.early_exit.get("curriculum", "none") != "none"
     is_layerskip = has_exits or (settings.get("layer_dropout") or {}).get("p_max", 0) > 0
